@@ -1,0 +1,56 @@
+"""Names of spans and attributes: the one table.
+
+gen_ai.* follow the OpenTelemetry GenAI semantic conventions (development status); kvmesh.* are
+ours, for what the conventions have no word for.
+"""
+
+# Spans
+SPAN_REQUEST = "chat"  # with the model: "chat mini", as the conventions name an inference span
+SPAN_TOKENIZE = "tokenize"
+SPAN_ENCODE = "tokenizer encode"
+SPAN_ROUTE = "route"
+SPAN_WORKER = "worker run"
+SPAN_QUEUE = "queue"
+SPAN_KV_FETCH = "kv fetch"
+SPAN_KV_GET = "kvcache get"
+SPAN_KV_PUT = "kv put"
+SPAN_KV_STORE = "kvcache put"
+SPAN_TAIL_FETCH = "tail fetch"
+SPAN_PREFILL = "prefill"
+SPAN_SEAL = "seal"
+SPAN_HANDOVER = "hand-over"
+SPAN_DECODE = "decode"
+SPAN_DETOKENIZE = "detokenize"
+SPAN_MIGRATE = "migrate"
+
+# gen_ai attributes
+OPERATION = "gen_ai.operation.name"
+PROVIDER = "gen_ai.provider.name"
+REQUEST_MODEL = "gen_ai.request.model"
+RESPONSE_MODEL = "gen_ai.response.model"
+RESPONSE_ID = "gen_ai.response.id"
+FINISH_REASONS = "gen_ai.response.finish_reasons"
+INPUT_TOKENS = "gen_ai.usage.input_tokens"
+CACHED_TOKENS = "gen_ai.usage.cache_read.input_tokens"
+OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
+TEMPERATURE = "gen_ai.request.temperature"
+MAX_TOKENS = "gen_ai.request.max_tokens"
+SEED = "gen_ai.request.seed"
+TIME_TO_FIRST = "gen_ai.response.time_to_first_chunk"  # seconds
+
+# ours
+CLOCK = "kvmesh.clock"  # measured or simulated
+MEMBER = "kvmesh.member"
+SERVICE = "kvmesh.service"
+REQUEST_ID = "kvmesh.request.id"
+WORKER = "kvmesh.worker"
+BLOCKS = "kvmesh.kv.blocks"
+BYTES = "kvmesh.kv.bytes"
+HIT_TOKENS = "kvmesh.kv.hit_tokens"
+CORRUPT = "kvmesh.kv.corrupt_blocks"
+STEPS = "kvmesh.decode.steps"
+TOKENS = "kvmesh.tokens"
+CANDIDATES = "kvmesh.route.candidates"  # JSON
+REASON = "kvmesh.route.reason"
+PREDICTED = "kvmesh.route.predicted_s"
+MIGRATIONS = "kvmesh.migrations"

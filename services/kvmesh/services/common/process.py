@@ -1,0 +1,30 @@
+"""What every service process is given when it starts."""
+
+import secrets
+from dataclasses import dataclass, field
+
+from kvmesh.services.common.config import MeshConfig
+from kvmesh.services.common.security import Security
+from kvmesh.services.common.telemetry import Telemetry
+
+
+def new_incarnation() -> int:
+    """A number that tells this life of a process from every other; 1 <= n < 2**63."""
+    return secrets.randbelow(2**63 - 1) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessContext:
+    """One process of the mesh: who it is and what it talks with.
+
+    member_id: its place in the mesh, the same after a restart: router, tokenizer, kvcache-0,
+        kvcache-1, worker-0 ... (numbers count over all [[workers]] tables in order).
+    mesh_address: the router's Mesh service; empty for the router itself.
+    """
+
+    config: MeshConfig
+    member_id: str
+    mesh_address: str
+    security: Security
+    telemetry: Telemetry
+    incarnation: int = field(default_factory=new_incarnation)
