@@ -1,0 +1,63 @@
+# Everything that a fresh machine with Python 3.11+ needs is done by these targets.
+#   make demo   set up, then watch a model answer through a mesh
+#   make test   set up with the test tools, then run every test
+#   make lint   ruff, mypy (strict), pyright
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SOURCES := services backends kernels cli integration
+PROTOS := $(wildcard protos/kvmesh/v1/*.proto) protos/hatch_build.py
+
+.PHONY: demo test lint format install bench clean requirements
+
+demo: $(VENV)/installed
+	$(BIN)/kvmesh demo
+
+install: $(VENV)/installed
+
+test: $(VENV)/installed-dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(addsuffix /kvmesh,$(SOURCES))
+	$(BIN)/pyright
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed
+	$(BIN)/kvmesh bench mesh
+
+# Compiles the kernels once, so that the first mesh starts as fast as the second.
+$(VENV)/installed: $(VENV)/packages $(PROTOS) pyproject.toml
+	$(PIP) --no-build-isolation --no-deps --editable .
+	$(BIN)/python -m kvmesh.kernels.cpu.warm
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements/dev.txt requirements/parity.txt
+	$(PIP) --require-hashes --requirement requirements/dev.txt
+	$(PIP) --require-hashes --requirement requirements/parity.txt \
+	  || echo "no CPU build of torch for this machine: the tests that need it will be skipped"
+	touch $@
+
+$(VENV)/packages: requirements/cpu.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
+	  f"Python {v.major}.{v.minor} is too old, kvmesh needs 3.11 or newer; try make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --require-hashes --requirement requirements/cpu.txt
+	touch $@
+
+# Pins every dependency anew. Needs `uv`; hashes only, so that no index is named.
+COMPILE := uv pip compile pyproject.toml --extra cpu --universal --generate-hashes \
+  --python-version 3.11 --no-emit-index-url --no-header --quiet
+requirements:
+	$(COMPILE) --group build --output-file requirements/cpu.txt
+	$(COMPILE) --group build --group dev --constraint requirements/cpu.txt \
+	  --output-file requirements/dev.txt
+
+clean:
+	rm -rf $(VENV) build dist
