@@ -1,0 +1,151 @@
+"""A model on the CPU: dense stages in ONNX Runtime, attention over the pool in our kernels."""
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmesh.backends.base import (
+    DeviceInfo,
+    Estimate,
+    ModelOptions,
+    ModelSpec,
+    Segment,
+)
+from kvmesh.backends.cost.fit import StepFit
+from kvmesh.backends.cpu.memory import memory_bytes, processor_name
+from kvmesh.backends.cpu.pool import CpuPool
+from kvmesh.backends.models.loader import Checkpoint
+from kvmesh.backends.ort import SessionOptions, StagePipeline
+from kvmesh.backends.steps import StepLimits, flatten
+from kvmesh.kernels.cpu import step as kernel
+from kvmesh.kernels.layout import BLOCK_SIZE, KvLayout
+
+_POOL_LIMIT_BYTES = 2 << 30
+_POOL_SEQUENCES = 64  # a pool need not hold more than this many of full length
+_WARM_UP_TOKENS = 128
+_WARM_UP_SEQUENCES = 8
+
+
+class CpuModel:
+    """See base.Model. clock: seconds, monotonic."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        options: ModelOptions,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        config = checkpoint.config
+        layout = KvLayout(
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            codec=options.codec,
+            fingerprint=checkpoint.fingerprint,
+        )
+        self._spec = ModelSpec(
+            name=checkpoint.name,
+            vocab_size=config.vocab_size,
+            max_context=config.max_context,
+            eos_token_ids=config.eos_token_ids,
+            bos_token_id=config.bos_token_id,
+            layout=layout,
+        )
+        num_blocks = _num_blocks(layout, config.max_context, options)
+        self._pool = CpuPool(layout, num_blocks, options.num_slots)
+        self._limits = StepLimits(
+            vocab_size=config.vocab_size,
+            max_context=config.max_context,
+            max_tokens=options.max_step_tokens,
+            num_blocks=num_blocks,
+            num_slots=options.num_slots,
+        )
+        self._centers = checkpoint.centers
+        self._stages = StagePipeline(
+            checkpoint, options.max_step_tokens, SessionOptions(options.threads, options.spin)
+        )
+        self._clock = clock
+        self._fit = StepFit()
+        kernel.warm()
+        self._warm_up()
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self._spec
+
+    @property
+    def device(self) -> DeviceInfo:
+        return DeviceInfo(
+            name=processor_name(),
+            kind="measured",
+            architecture=platform.machine(),
+            memory_bytes=memory_bytes("MemTotal", 0),
+        )
+
+    @property
+    def pool(self) -> CpuPool:
+        return self._pool
+
+    def forward(self, segments: Sequence[Segment]) -> npt.NDArray[np.float32]:
+        """See base.Model.forward."""
+        began = self._clock()
+        step = flatten(segments, self._limits)
+        tokens = len(step.ids)
+        layout, pool, stages = self._pool.layout, self._pool, self._stages
+        plan = kernel.StepPlan(
+            row_start=step.row_start, pos=step.start, slot=step.slot, tables=step.tables
+        )
+        stages.ids[:tokens] = step.ids
+        stages.positions[:tokens, 0] = step.positions
+        qkv = stages.q[:tokens], stages.k[:tokens], stages.v[:tokens]
+        out = stages.attention[:tokens]
+        for layer in range(layout.num_layers):
+            stages.run(layer, tokens)
+            kernel.run_layer(layout, pool.blocks, pool.tails, plan, layer, qkv, self._centers, out)
+        if len(step.filled):
+            kernel.finish_blocks(layout, pool.blocks, step.filled)
+        logits = stages.logits(tokens, step.wanted)
+        self._fit.observe(step.shape, self._clock() - began)
+        return logits
+
+    def estimate(self) -> Estimate:
+        return self._fit.estimate()
+
+    def close(self) -> None:
+        self._stages.close()
+
+    def _warm_up(self) -> None:
+        """A few real steps, so that the first estimate rests on measurements of this machine."""
+        limits = self._limits
+        count = min(_WARM_UP_TOKENS, limits.max_tokens, limits.max_context - 1)
+        count = min(count, limits.num_blocks * BLOCK_SIZE - 1)
+        if count < 1:
+            return
+        table = np.arange(limits.num_blocks, dtype=np.int32)
+        prompt, token = np.zeros(count, np.int64), np.zeros(1, np.int64)
+        slots = range(min(_WARM_UP_SEQUENCES, limits.num_slots, limits.max_tokens))
+        steps = [
+            [Segment(0, 0, prompt, table)],
+            [Segment(0, 0, prompt[: count // 2 + 1], table)],
+            [Segment(0, count, token, table)],
+            [Segment(slot, 0, token, table) for slot in slots],
+        ]
+        for step in steps:
+            self.forward(step)
+        self._fit = StepFit()  # the first round also paid for first touches and bindings
+        for step in steps:
+            self.forward(step)
+        self._pool.blocks[: count // BLOCK_SIZE + 1] = 0
+        self._pool.tails[slots] = 0
+
+
+def _num_blocks(layout: KvLayout, max_context: int, options: ModelOptions) -> int:
+    if options.num_blocks is not None:
+        return options.num_blocks
+    free = memory_bytes("MemAvailable", _POOL_LIMIT_BYTES)
+    budget = min(int(free * options.memory_fraction), _POOL_LIMIT_BYTES)
+    blocks_per_sequence = -(-max_context // BLOCK_SIZE)
+    return max(1, min(budget // layout.block_bytes, _POOL_SEQUENCES * blocks_per_sequence))

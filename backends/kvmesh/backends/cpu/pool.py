@@ -1,0 +1,80 @@
+"""Sealed blocks and unfinished ones in main memory."""
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmesh.kernels import block
+from kvmesh.kernels.errors import BlockError
+from kvmesh.kernels.layout import BLOCK_SIZE, KvLayout
+
+
+class CpuPool:
+    """The BlockPool of the CPU backend; `blocks` and `tails` are what the kernels work on.
+
+    blocks: uint8 [num_blocks, layout.block_bytes]. tails: fp32
+    [num_slots, layers, 2 (K, V), 64, kv heads, head dim].
+    """
+
+    def __init__(self, layout: KvLayout, num_blocks: int, num_slots: int) -> None:
+        self._layout = layout
+        # Zeroed pages are taken from the system when first written, so a large pool costs nothing
+        # until it is used.
+        self.blocks: npt.NDArray[np.uint8] = np.zeros((num_blocks, layout.block_bytes), np.uint8)
+        self.tails: npt.NDArray[np.float32] = np.zeros(
+            (num_slots, layout.num_layers, 2, BLOCK_SIZE, layout.num_kv_heads, layout.head_dim),
+            np.float32,
+        )
+
+    @property
+    def layout(self) -> KvLayout:
+        return self._layout
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.tails)
+
+    def import_block(self, block_id: int, data: bytes | memoryview) -> None:
+        """Verifies first and copies after, so a bad block leaves the pool as it was."""
+        self._check_id(block_id)
+        block.verify(data, self._layout)
+        self.blocks[block_id] = np.frombuffer(data, np.uint8)
+
+    def export_block(self, block_id: int) -> bytes:
+        data = self._row(block_id).tobytes()
+        block.verify(data, self._layout)
+        return data
+
+    def verify_block(self, block_id: int) -> None:
+        block.verify(self._row(block_id).data, self._layout)
+
+    def import_tail(self, slot: int, num_tokens: int, data: bytes | memoryview) -> None:
+        tail = self._tail(slot, num_tokens)
+        if memoryview(data).nbytes != tail.nbytes:
+            raise BlockError(
+                f"a tail of {num_tokens} tokens takes {tail.nbytes} bytes, "
+                f"not {memoryview(data).nbytes}"
+            )
+        tail[...] = np.frombuffer(data, "<f4").reshape(tail.shape)
+
+    def export_tail(self, slot: int, num_tokens: int) -> bytes:
+        return self._tail(slot, num_tokens).astype("<f4", copy=False).tobytes()
+
+    def _row(self, block_id: int) -> npt.NDArray[np.uint8]:
+        self._check_id(block_id)
+        row: npt.NDArray[np.uint8] = self.blocks[block_id]
+        return row
+
+    def _check_id(self, block_id: int) -> None:
+        if not 0 <= block_id < self.num_blocks:
+            raise ValueError(f"block id {block_id} is not in [0, {self.num_blocks})")
+
+    def _tail(self, slot: int, num_tokens: int) -> npt.NDArray[np.float32]:
+        if not 0 <= slot < self.num_slots:
+            raise ValueError(f"slot {slot} is not in [0, {self.num_slots})")
+        if not 0 <= num_tokens < BLOCK_SIZE:
+            raise ValueError(f"a tail has {num_tokens} tokens, must be in [0, {BLOCK_SIZE})")
+        return self.tails[slot, :, :, :num_tokens]
