@@ -1,0 +1,150 @@
+"""The bytes of a block: a header, for each layer its four planes, a trailer. Little-endian.
+
+    offset
+    0    "KVMB"
+    4    u16 format version
+    6    u16 codec id
+    8    16 B model fingerprint
+    24   u32 num_layers
+    28   u16 num_kv_heads
+    30   u16 head_dim
+    32   u32 num_tokens (64)
+    36   u32 codebook version
+    40   u64 payload bytes
+    48   u64 rotation seed
+    56   8 B zero
+    64   ┌ layer 0 ──────────────────────────────────────────────────────────────┐
+         │ K codes [head][dim][token]   packed along tokens: two 4-bit codes in a  │
+         │                              byte, the even token in the low nibble     │
+         │ V codes [head][token][dim]   packed along dims, the even dim low        │
+         │ K scales fp16 [head][token]  (absent from float codecs)                 │
+         │ V scales fp16 [head][token]  (absent from float codecs)                 │
+         └────────────────────────────────────────────────────────────────────────┘
+         layer 1 ...
+    -64  60 B zero
+    -4   u32 CRC-32 (zlib) of every byte before it
+
+K lies dim by dim and V token by token because scores are then sums over rows of 64 tokens and
+outputs sums over rows of head_dim: both vectorise without a reduction across lanes.
+A CRC-32 finds every single flipped bit and every burst of up to 32 bits.
+"""
+
+import struct
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmesh.kernels.codebook import CODEBOOK_VERSION
+from kvmesh.kernels.errors import (
+    BadMagic,
+    ChecksumMismatch,
+    ShortBlock,
+    WrongFingerprint,
+    WrongLayout,
+    WrongVersion,
+)
+from kvmesh.kernels.layout import BLOCK_SIZE, CODECS, HEADER_BYTES, KvLayout
+from kvmesh.kernels.rotation import ROTATION_SEED
+
+MAGIC = b"KVMB"
+FORMAT_VERSION = 1
+_HEADER = struct.Struct("<4sHH16sIHHIIQQ8x")
+_CHECKSUM = struct.Struct("<I")
+_CODEC_NAMES = {codec.codec_id: name for name, codec in CODECS.items()}
+
+Bytes = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockHeader:
+    """What a block says of itself. rotation_seed and codebook_version name the tables used."""
+
+    layout: KvLayout
+    num_tokens: int
+    codebook_version: int
+    payload_bytes: int
+    rotation_seed: int
+
+
+def parse_header(data: Bytes) -> BlockHeader:
+    """Reads the first 64 bytes; trusts the rest to `verify`.
+
+    Raises ShortBlock, BadMagic, WrongVersion or WrongLayout.
+    """
+    view = memoryview(data)
+    if view.nbytes < HEADER_BYTES:
+        raise ShortBlock(f"{view.nbytes} bytes, a header has {HEADER_BYTES}")
+    magic, version, codec, fingerprint, layers, heads, dim, tokens, book, payload, seed = (
+        _HEADER.unpack_from(view)
+    )
+    if magic != MAGIC:
+        raise BadMagic(f"starts with {magic!r}, a block starts with {MAGIC!r}")
+    for name, found, expected in (
+        ("format version", version, FORMAT_VERSION),
+        ("codebook version", book, CODEBOOK_VERSION),
+        ("rotation seed", seed, ROTATION_SEED),
+    ):
+        if found != expected:
+            raise WrongVersion(f"{name} is {found}, expected {expected}")
+    if codec not in _CODEC_NAMES:
+        raise WrongLayout(f"codec id is {codec}, expected one of {sorted(_CODEC_NAMES)}")
+    try:
+        layout = KvLayout(layers, heads, dim, _CODEC_NAMES[codec], fingerprint)
+    except ValueError as error:
+        raise WrongLayout(str(error)) from error
+    if tokens != BLOCK_SIZE:
+        raise WrongLayout(f"num_tokens is {tokens}, expected {BLOCK_SIZE}")
+    if payload != layout.payload_bytes:
+        raise WrongLayout(f"payload is {payload} bytes, expected {layout.payload_bytes}")
+    return BlockHeader(layout, tokens, book, payload, seed)
+
+
+def verify(data: Bytes, layout: KvLayout | None = None) -> BlockHeader:
+    """Checks every byte of a sealed block, and against `layout` that it is of this model.
+
+    Raises the BlockError that says what is wrong; without one, `data` may be attended to.
+    """
+    header = parse_header(data)
+    view = memoryview(data)
+    size = header.layout.block_bytes
+    if view.nbytes != size:
+        raise ShortBlock(f"{view.nbytes} bytes, expected {size}")
+    (expected,) = _CHECKSUM.unpack_from(view, size - _CHECKSUM.size)
+    found = zlib.crc32(view[: size - _CHECKSUM.size])
+    if found != expected:
+        raise ChecksumMismatch(f"checksum is {found:#010x}, expected {expected:#010x}")
+    if layout is not None and header.layout != layout:
+        _refuse(header.layout, layout)
+    return header
+
+
+def _refuse(found: KvLayout, expected: KvLayout) -> None:
+    if found.fingerprint != expected.fingerprint:
+        raise WrongFingerprint(
+            f"fingerprint is {found.fingerprint.hex()}, expected {expected.fingerprint.hex()}"
+        )
+    differing = [
+        f"{name} is {getattr(found, name)}, expected {getattr(expected, name)}"
+        for name in ("num_layers", "num_kv_heads", "head_dim", "codec")
+        if getattr(found, name) != getattr(expected, name)
+    ]
+    raise WrongLayout("; ".join(differing))
+
+
+def finish(layout: KvLayout, block: npt.NDArray[np.uint8]) -> None:
+    """Writes header, trailer and checksum around planes that are all sealed.
+
+    block: uint8 [layout.block_bytes], C-contiguous, changed in place.
+    """
+    if block.shape != (layout.block_bytes,):
+        raise ShortBlock(f"shape is {block.shape}, expected ({layout.block_bytes},)")
+    _HEADER.pack_into(
+        block.data, 0, MAGIC, FORMAT_VERSION, layout.spec.codec_id, layout.fingerprint,
+        layout.num_layers, layout.num_kv_heads, layout.head_dim, BLOCK_SIZE, CODEBOOK_VERSION,
+        layout.payload_bytes, ROTATION_SEED,
+    )  # fmt: skip
+    block[HEADER_BYTES + layout.payload_bytes :] = 0
+    end = layout.block_bytes - _CHECKSUM.size
+    _CHECKSUM.pack_into(block.data, end, zlib.crc32(block.data[:end]))

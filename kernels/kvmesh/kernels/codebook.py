@@ -1,0 +1,95 @@
+"""Lloyd-Max codebooks for a unit Gaussian: what each coordinate of a rotated vector is.
+
+One table serves every head_dim: at 128 it costs less than 0.1 % of mean squared error against the
+table of the exact sphere marginal. Sources: Max 1960, Lloyd 1982; use for vectors: TurboQuant
+(arXiv 2504.19874), HIGGS (arXiv 2411.17525).
+
+A code is the number of thresholds below the coordinate, stored as sign and magnitude: the highest
+bit says negative, the others count up from the smallest magnitude. So 0 is the smallest positive
+level, and a decoder needs a table of magnitudes only.
+"""
+
+import functools
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+CODEBOOK_VERSION = 1  # in every header; a changed table is another version
+
+# Frozen from lloyd_max(bits), which the tests compare them with: the bytes of a block must not
+# depend on a platform's erf.
+_MAGNITUDES = {
+    2: (0.452780034636, 1.510417608499),
+    3: (0.245094178944, 0.756005281206, 1.343909278505, 2.151945704537),
+    4: (
+        0.128395029851, 0.388048299490, 0.656759118532, 0.942340456487,
+        1.256231197347, 1.618046386022, 2.069017226531, 2.732589570995,
+    ),
+}  # fmt: skip
+
+
+def _density(t: float) -> float:
+    return math.exp(-t * t / 2) / math.sqrt(2 * math.pi)
+
+
+def _mass_above(t: float) -> float:
+    return math.erfc(t / math.sqrt(2)) / 2
+
+
+def lloyd_max(bits: int, tolerance: float = 1e-14) -> list[float]:
+    """The positive levels of the optimal 2^bits-level quantizer of N(0, 1), ascending.
+
+    Each level is the mean of its cell, each border the midpoint of two levels.
+    """
+    count = 1 << (bits - 1)
+    levels = [3 * (i + 0.5) / count for i in range(count)]
+    moved = math.inf
+    while moved > tolerance:
+        middles = [(a + b) / 2 for a, b in zip(levels, levels[1:], strict=False)]
+        borders = [0.0, *middles, math.inf]
+        means = [
+            (_density(a) - _density(b)) / (_mass_above(a) - _mass_above(b))
+            for a, b in zip(borders, borders[1:], strict=False)
+        ]
+        moved = max(abs(a - b) for a, b in zip(levels, means, strict=True))
+        levels = means
+    return levels
+
+
+@functools.cache
+def levels(bits: int) -> npt.NDArray[np.float32]:
+    """The value of each stored code: fp32 [2^bits], magnitudes first, then their negatives."""
+    positive = np.array(_MAGNITUDES[bits], np.float32)
+    table = np.concatenate((positive, -positive))
+    table.setflags(write=False)
+    return table
+
+
+@functools.cache
+def thresholds(bits: int) -> npt.NDArray[np.float32]:
+    """The borders between codes: fp32 [2^bits - 1], ascending."""
+    positive = np.array(_MAGNITUDES[bits])
+    middles = (positive[1:] + positive[:-1]) / 2
+    table = np.concatenate((-middles[::-1], [0.0], middles)).astype(np.float32)
+    table.setflags(write=False)
+    return table
+
+
+@functools.cache
+def stored_codes(bits: int) -> npt.NDArray[np.uint8]:
+    """The code stored for each number of thresholds passed: uint8 [2^bits]."""
+    half = 1 << (bits - 1)
+    table = np.array([*range(2 * half - 1, half - 1, -1), *range(half)], np.uint8)
+    table.setflags(write=False)
+    return table
+
+
+@functools.cache
+def level_pairs(bits: int) -> npt.NDArray[np.float32]:
+    """Both levels of a byte of two codes: fp32 [256, 2], the low nibble first. For 4 bits."""
+    byte = np.arange(256)
+    table = np.stack((levels(bits)[byte & 15], levels(bits)[byte >> 4]), axis=1)
+    table = np.ascontiguousarray(table)
+    table.setflags(write=False)
+    return table

@@ -1,0 +1,187 @@
+"""Attention of up to 64 queries of one sequence over its sealed blocks and its own tail.
+
+For one query, everything is added up in one order: within a score dim by dim, within a block token
+by token (the softmax's sum by halves), the blocks from first to last, the tail merged at the end.
+A query never sees how many others share the call, so its result does not depend on them.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from kvmesh.kernels.cpu.jit import exp, kernel
+from kvmesh.kernels.cpu.tile import hadamard, read_tile
+from kvmesh.kernels.layout import BLOCK_SIZE
+
+_ZERO = np.float32(0.0)
+_NEVER = np.float32(-np.inf)
+
+
+@kernel
+def _score(query: Any, keys: Any, out: Any) -> None:
+    """out[t] = sum over j of query[j] * keys[j, t], j ascending; four rows per pass."""
+    for t in range(BLOCK_SIZE):
+        out[t] = _ZERO
+    for j in range(0, query.size, 4):
+        q0, q1, q2, q3 = query[j], query[j + 1], query[j + 2], query[j + 3]
+        for t in range(BLOCK_SIZE):
+            part = out[t] + q0 * keys[j, t]
+            part = part + q1 * keys[j + 1, t]
+            part = part + q2 * keys[j + 2, t]
+            out[t] = part + q3 * keys[j + 3, t]
+
+
+@kernel
+def _mix(weights: Any, values: Any, count: int, out: Any) -> None:
+    """out[j] += sum over t < count of weights[t] * values[t, j], t ascending."""
+    whole = count // 4 * 4
+    for t in range(0, whole, 4):
+        w0, w1, w2, w3 = weights[t], weights[t + 1], weights[t + 2], weights[t + 3]
+        for j in range(out.size):
+            part = out[j] + w0 * values[t, j]
+            part = part + w1 * values[t + 1, j]
+            part = part + w2 * values[t + 2, j]
+            out[j] = part + w3 * values[t + 3, j]
+    for t in range(whole, count):
+        w0 = weights[t]
+        for j in range(out.size):
+            out[j] = out[j] + w0 * values[t, j]
+
+
+@kernel
+def _largest(scores: Any) -> Any:
+    top = _NEVER
+    for t in range(BLOCK_SIZE):
+        top = max(top, scores[t])
+    return top
+
+
+@kernel
+def _to_weights(scores: Any, peak: Any, halves: Any) -> Any:
+    """Replaces 64 scores by exp(score - peak); returns their sum, added up by halves."""
+    for t in range(BLOCK_SIZE):
+        scores[t] = exp(scores[t] - peak)
+    half = BLOCK_SIZE // 2
+    for t in range(half):
+        halves[t] = scores[t] + scores[t + half]
+    half //= 2
+    while half >= 1:
+        for t in range(half):
+            halves[t] = halves[t] + halves[t + half]
+        half //= 2
+    return halves[0]
+
+
+@kernel
+def _absorb(scratch: Any, row: int) -> None:
+    """One step of online softmax: adds the tile's 64 tokens to a row's state."""
+    weights = scratch.weights
+    mixed = scratch.mixed[row]
+    _score(scratch.queries[row], scratch.keys, weights)
+    bias = scratch.bias[row]
+    for t in range(BLOCK_SIZE):
+        weights[t] = bias + scratch.key_scales[t] * weights[t]
+    before = scratch.peak[row]
+    peak = max(before, _largest(weights))
+    fade = exp(before - peak)
+    total = _to_weights(weights, peak, scratch.halves)
+    scratch.peak[row] = peak
+    scratch.total[row] = scratch.total[row] * fade + total
+    for t in range(BLOCK_SIZE):
+        weights[t] = weights[t] * scratch.value_scales[t]
+    for j in range(mixed.size):
+        mixed[j] = mixed[j] * fade
+    _mix(weights, scratch.values, BLOCK_SIZE, mixed)
+
+
+@kernel
+def _start_row(geo: Any, table: Any, query: Any, center: Any, scratch: Any, row: int) -> None:
+    """Scales one query, rotates it if the keys are, and empties its state."""
+    own = scratch.queries[row]
+    scale = np.float32(1.0 / np.sqrt(geo.dim))
+    bias = _ZERO
+    for j in range(geo.dim):
+        own[j] = query[j] * scale
+    if geo.key_bits <= 8:
+        for j in range(geo.dim):
+            bias = bias + own[j] * center[j]
+            own[j] = own[j] * table.signs[j]
+        hadamard(own)
+        for j in range(geo.dim):
+            own[j] = own[j] * scale  # 1/sqrt(dim) again, H's own norm
+    scratch.bias[row] = bias
+    scratch.peak[row] = _NEVER
+    scratch.total[row] = _ZERO
+    scratch.mixed[row, :] = _ZERO
+
+
+@kernel
+def _unrotate(geo: Any, table: Any, center: Any, mixed: Any, total: Any) -> None:
+    """Takes a row's sum of values back to V's own space: D H x, plus the center once per weight."""
+    if geo.value_bits <= 8:
+        norm = np.float32(1.0 / np.sqrt(geo.dim))
+        hadamard(mixed)
+        for j in range(geo.dim):
+            mixed[j] = mixed[j] * (table.signs[j] * norm) + total * center[j]
+
+
+@kernel
+def _finish_row(query: Any, values: Any, count: int, scratch: Any, row: int, out: Any) -> None:
+    """Attends to `count` tokens of the tail, whose keys are the tile, and merges both parts.
+
+    scratch.mixed[row] is in V's own space. Without sealed blocks its weight is exactly zero.
+    """
+    own = scratch.queries[row]
+    scale = np.float32(1.0 / np.sqrt(own.size))
+    for j in range(own.size):
+        own[j] = query[j] * scale
+    weights = scratch.weights
+    _score(own, scratch.keys, weights)
+    for t in range(count, BLOCK_SIZE):
+        weights[t] = _NEVER
+    before = scratch.peak[row]
+    peak = max(before, _largest(weights))
+    fade = exp(before - peak)
+    total = _to_weights(weights, peak, scratch.halves)
+    total = scratch.total[row] * fade + total
+    mixed = scratch.mixed[row]
+    for j in range(out.size):
+        out[j] = mixed[j] * fade
+    _mix(weights, values, count, out)
+    for j in range(out.size):
+        out[j] = out[j] / total
+
+
+@kernel
+def attend(
+    geo: Any, table: Any, pool: Any, blocks: Any, tail: Any, centers: Any,
+    queries: Any, first: int, scratch: Any, out: Any,
+) -> None:  # fmt: skip
+    """Attends queries [n, query heads, dim], n <= 64, that lie in one block.
+
+    blocks: int32 [any], the sealed blocks before theirs; tail: fp32 [2, 64, heads, dim], filled up
+    to the last query; first: the first query's place in its block; out: like queries.
+    """
+    group = queries.shape[1] // geo.heads
+    count = queries.shape[0]
+    for head in range(geo.heads):
+        for i in range(count):
+            for g in range(group):
+                query = queries[i, head * group + g]
+                _start_row(geo, table, query, centers[0, head], scratch, i * group + g)
+        for block in blocks:
+            read_tile(geo, table, pool, block, head, scratch)
+            for row in range(count * group):
+                _absorb(scratch, row)
+        for t in range(first + count):
+            for j in range(geo.dim):
+                scratch.keys[j, t] = tail[0, t, head, j]
+        values = tail[1, :, head, :]
+        for i in range(count):
+            for g in range(group):
+                row = i * group + g
+                if blocks.size:
+                    _unrotate(geo, table, centers[1, head], scratch.mixed[row], scratch.total[row])
+                seen = first + i + 1
+                at = head * group + g
+                _finish_row(queries[i, at], values, seen, scratch, row, out[i, at])

@@ -1,0 +1,76 @@
+"""The one way a CPU kernel is compiled, and the numeric pieces that all of them share.
+
+Compiled without fast-math and without threads inside: a sum is always added up in the order
+written, so a result does not depend on the machine's vector width or on the batch.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+import numpy as np
+
+_Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
+
+_LOG2E = np.float32(1.44269504088896341)
+_LN2_HIGH = np.float32(0.693359375)
+_LN2_LOW = np.float32(-2.12194440e-4)
+_ROUND = np.float32(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to an integer
+_SMALLEST = np.float32(-87.0)
+_P0, _P1, _P2 = (
+    np.float32(1.9875691500e-4),
+    np.float32(1.3981999507e-3),
+    np.float32(8.3334519073e-3),
+)
+_P3, _P4, _P5 = (
+    np.float32(4.1665795894e-2),
+    np.float32(1.6666665459e-1),
+    np.float32(5.0000001201e-1),
+)
+_ONE = np.float32(1.0)
+_HALF_MAX = np.float32(65504.0)
+_HALF = np.float32(0.5)
+_TO_NORMAL = np.float32(2.0**112)
+
+
+def kernel(function: _Kernel) -> _Kernel:
+    """Compiles on first call, without the GIL, and keeps the machine code beside the source."""
+    compiled: _Kernel = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+    return compiled
+
+
+@kernel
+def exp(x: Any) -> Any:
+    """exp of an fp32 x <= 0, within 2 ulp; below -87 as at -87. Cephes' expf, branch-free.
+
+    Not libm's: that differs between machines, and keeps the loop around it from vectorising.
+    """
+    x = max(x, _SMALLEST)
+    n = (x * _LOG2E + _ROUND) - _ROUND
+    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+    p = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
+    power = np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return (p * (r * r) + r + _ONE) * power
+
+
+@kernel
+def to_half(x: Any) -> Any:
+    """The bits of the fp16 nearest to x (ties to even), clamped to the finite range."""
+    bits = np.float32(x).view(np.uint32)
+    sign = (bits >> np.uint32(16)) & np.uint32(0x8000)
+    size = min(abs(x), _HALF_MAX)
+    bits = np.float32(size).view(np.uint32)
+    odd = (bits >> np.uint32(13)) & np.uint32(1)
+    normal = (bits - np.uint32(0x38000000) + np.uint32(0xFFF) + odd) >> np.uint32(13)
+    tiny = np.float32(size + _HALF).view(np.uint32) - np.uint32(0x3F000000)
+    value = tiny if bits < np.uint32(0x38800000) else normal
+    return np.uint16(sign | value)
+
+
+@kernel
+def from_half(half: Any) -> Any:
+    """The fp32 of a finite fp16's bits."""
+    bits = np.uint32(half)
+    size = np.uint32((bits & np.uint32(0x7FFF)) << np.uint32(13)).view(np.float32) * _TO_NORMAL
+    sign = (bits & np.uint32(0x8000)) << np.uint32(16)
+    return np.uint32(np.float32(size).view(np.uint32) | sign).view(np.float32)

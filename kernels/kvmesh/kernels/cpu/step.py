@@ -1,0 +1,176 @@
+"""One step's attention on the CPU: what a backend calls, layer by layer.
+
+Law 2 lives here: a token attends to the blocks before its own in sealed form, and to its own block
+in full precision, however the prompt was cut and whatever else is in the step.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmesh.kernels import block as block_bytes
+from kvmesh.kernels.cpu.attend import attend
+from kvmesh.kernels.cpu.jit import kernel
+from kvmesh.kernels.cpu.seal import seal_layer
+from kvmesh.kernels.cpu.tile import Pool, geometry, make_scratch, tables
+from kvmesh.kernels.errors import CodecError
+from kvmesh.kernels.layout import BLOCK_SIZE, CODECS, KvLayout
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """Which rows of a step belong to which sequence. S segments; each is consecutive tokens.
+
+    row_start: int32 [S + 1], rows of segment i are [row_start[i], row_start[i + 1]).
+    pos: int64 [S], the position of a segment's first token in its sequence.
+    slot: int32 [S], where the sequence's tail lives; no two segments share one.
+    tables: int32 [S, max_blocks], pool ids by block number, at least as far as the segment reaches.
+    """
+
+    row_start: npt.NDArray[np.int32]
+    pos: npt.NDArray[np.int64]
+    slot: npt.NDArray[np.int32]
+    tables: npt.NDArray[np.int32]
+
+
+@kernel
+def _misfit(row_start: Any, pos: Any, slot: Any, blocks: Any, rows: int, limits: Any) -> int:
+    """The first segment that would reach outside its arrays, or -1."""
+    slots, num_blocks = limits
+    for s in range(pos.size):
+        count = row_start[s + 1] - row_start[s]
+        if row_start[s] < 0 or count < 0 or row_start[s + 1] > rows or pos[s] < 0:
+            return s
+        if slot[s] < 0 or slot[s] >= slots:
+            return s
+        full = (pos[s] + count) // BLOCK_SIZE
+        if full > blocks.shape[1]:
+            return s
+        for b in range(full):
+            if blocks[s, b] < 0 or blocks[s, b] >= num_blocks:
+                return s
+    return -1
+
+
+@kernel
+def _run(
+    geo: Any, table: Any, pool: Any, tails: Any, layer: int, plan: Any, qkv: Any, centers: Any,
+    out: Any,
+) -> int:  # fmt: skip
+    """Runs every segment; returns the first whose K or V could not be sealed, or -1."""
+    row_start, pos, slot, blocks = plan
+    q, k, v = qkv
+    most = 0
+    for s in range(pos.size):
+        most = max(most, row_start[s + 1] - row_start[s])
+    scratch = make_scratch(geo.dim, min(most, BLOCK_SIZE) * (q.shape[1] // geo.heads))
+    failed = -1
+    for s in range(pos.size):
+        tail = tails[slot[s], layer]
+        row = np.int64(row_start[s])
+        at = pos[s]
+        while row < row_start[s + 1]:
+            first = at % BLOCK_SIZE
+            before = at // BLOCK_SIZE
+            count = min(BLOCK_SIZE - first, row_start[s + 1] - row)
+            end = row + count
+            tail[0, first : first + count] = k[row:end]
+            tail[1, first : first + count] = v[row:end]
+            attend(
+                geo, table, pool, blocks[s, :before], tail, centers, q[row:end], first, scratch,
+                out[row:end],
+            )  # fmt: skip
+            if first + count == BLOCK_SIZE and not seal_layer(
+                geo, table, pool, blocks[s, before], tail, centers
+            ):
+                failed = s if failed < 0 else failed
+            row = end
+            at += count
+    return failed
+
+
+def run_layer(
+    layout: KvLayout,
+    pool: npt.NDArray[np.uint8],
+    tails: Floats,
+    plan: StepPlan,
+    layer: int,
+    qkv: tuple[Floats, Floats, Floats],
+    centers: Floats,
+    out: Floats,
+) -> None:
+    """Attention of one layer over every token of a step; seals the blocks that fill.
+
+    pool: uint8 [num_blocks, layout.block_bytes]; tails: fp32 [num_slots, num_layers, 2, 64, Hkv, D];
+    both changed in place. qkv: fp32 q [T, Hq, D], k and v [T, Hkv, D], q and k after RoPE. centers:
+    fp32 [num_layers, 2, Hkv, D], the model's mean K and V. out: fp32 [T, Hq, D], written; scores
+    are scaled by 1/sqrt(D). All C-contiguous.
+
+    Raises ValueError for arrays that do not fit together, before anything is written, and
+    CodecError if a block filled that holds a NaN or an infinity; other segments are then complete.
+    """
+    q, k, v = (np.require(x, np.float32, ["C", "W"]) for x in qkv)
+    _check_shapes(layout, pool, tails, (q, k, v), centers, out)
+    arrays = (plan.row_start, plan.pos, plan.slot, plan.tables)
+    misfit = _misfit(*arrays, len(q), (len(tails), len(pool)))
+    if misfit >= 0:
+        raise ValueError(f"segment {misfit} reaches outside the rows, slots or blocks of the step")
+    views = Pool(pool, pool.view(np.uint16), pool.view(np.float32))
+    failed = _run(
+        geometry(layout, layer), tables(layout.head_dim), views, tails, layer, arrays, (q, k, v),
+        centers[layer], out,
+    )  # fmt: skip
+    if failed >= 0:
+        raise CodecError(f"K or V of segment {failed}, layer {layer} holds a NaN or an infinity")
+
+
+def _check_shapes(
+    layout: KvLayout,
+    pool: npt.NDArray[np.uint8],
+    tails: Floats,
+    qkv: tuple[Floats, Floats, Floats],
+    centers: Floats,
+    out: Floats,
+) -> None:
+    q, k, v = qkv
+    heads, dim = layout.num_kv_heads, layout.head_dim
+    if q.ndim != 3 or q.shape[1] == 0 or q.shape[1] % heads:
+        raise ValueError(f"q has shape {q.shape}, heads must be a multiple of {heads}")
+    for name, found, expected in (
+        ("pool", pool.shape[1:], (layout.block_bytes,)),
+        ("tails", tails.shape[1:], (layout.num_layers, 2, BLOCK_SIZE, heads, dim)),
+        ("q", q.shape[2], dim),
+        ("k", k.shape, (len(q), heads, dim)),
+        ("v", v.shape, (len(q), heads, dim)),
+        ("centers", centers.shape, (layout.num_layers, 2, heads, dim)),
+        ("out", out.shape, q.shape),
+    ):
+        if found != expected:
+            raise ValueError(f"{name} has shape {found}, expected {expected}")
+
+
+def finish_blocks(layout: KvLayout, pool: npt.NDArray[np.uint8], block_ids: npt.ArrayLike) -> None:
+    """Writes header and checksum of blocks whose layers are all sealed. block_ids: int [any]."""
+    for block_id in np.atleast_1d(np.asarray(block_ids, np.int64)):
+        block_bytes.finish(layout, pool[block_id])
+
+
+def warm() -> None:
+    """Compiles every kernel for every codec, or loads them from the cache, by running a tiny step."""
+    for codec in CODECS:
+        layout = KvLayout(1, 1, 32, codec, bytes(16))
+        tails = np.zeros((1, 1, 2, BLOCK_SIZE, 1, 32), np.float32)
+        pool = np.zeros((1, layout.block_bytes), np.uint8)
+        plan = StepPlan(
+            np.array([0, BLOCK_SIZE + 1], np.int32),
+            np.zeros(1, np.int64),
+            np.zeros(1, np.int32),
+            np.zeros((1, 2), np.int32),
+        )
+        x = np.ones((BLOCK_SIZE + 1, 1, 32), np.float32)
+        centers = np.zeros((1, 2, 1, 32), np.float32)
+        run_layer(layout, pool, tails, plan, 0, (x, x.copy(), x.copy()), centers, np.empty_like(x))

@@ -1,0 +1,162 @@
+"""The codec in NumPy: the definition of right that every kernel is held against.
+
+For one vector x of head_dim d (fp32 throughout, nothing fused):
+
+    1  x' = x - mu, each element clamped to +-2^20; n2 = sum x'^2
+       n2 < 2^-100: all codes 0, scale 0
+    2  z = H (signs * x') / sqrt(n2), H unnormalised (rotation.py): the coordinates of a unit
+       Gaussian
+    3  code_j from the thresholds below z_j; c_j its level (codebook.py)
+    4  keys:   s = (n / sqrt d) / max(a, 1/4), a = sum z_j c_j / d: unbiased inner products
+       values: s = (n / sqrt d) / sqrt(e),     e = sum c_j^2 / d: unchanged norm
+       s rounded to the nearest fp16, at most 65504
+    5  xhat = D H (s c) / sqrt d + mu
+
+A sum over d is added up by halves: element j to element j + d/2, then j + d/4, to the last one.
+Beyond the clamps the scale is out of fp16's range (n / sqrt d >= 65536) or rounds to zero anyway.
+
+Sources: TurboQuant (arXiv 2504.19874); the keys' scale is RaBitQ's and EDEN's unbiased one.
+"""
+
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from kvmesh.kernels import codebook, rotation
+from kvmesh.kernels.errors import CodecError
+from kvmesh.kernels.layout import BLOCK_SIZE, KvLayout
+
+LARGEST = 2.0**20  # of a centered element
+SMALLEST_NORM2 = 2.0**-100
+WEAKEST = 0.25  # of a, for vectors that lie along a row of H D
+MAX_SCALE = 65504.0  # the largest finite fp16
+
+Kind = Literal["key", "value"]
+Floats = npt.NDArray[np.float32]
+Octets = npt.NDArray[np.uint8]
+
+
+def _sum_by_halves(x: Floats) -> Floats:
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = x[..., :half] + x[..., half:]
+    return x[..., 0]
+
+
+def encode(
+    x: Floats, mu: Floats, kind: Kind, bits: int = 4
+) -> tuple[Octets, npt.NDArray[np.float16]]:
+    """Codes uint8 [n, d] and scales fp16 [n] of vectors x fp32 [n, d] around mu fp32 [d].
+
+    Raises CodecError if x or mu holds a NaN or an infinity.
+    """
+    if not (np.isfinite(x).all() and np.isfinite(mu).all()):
+        raise CodecError(f"{kind}s hold a NaN or an infinity")
+    dim = x.shape[-1]
+    centered = np.clip(x - mu, np.float32(-LARGEST), np.float32(LARGEST))
+    norm2 = _sum_by_halves(centered * centered)
+    zero = norm2 < np.float32(SMALLEST_NORM2)
+    norm = np.sqrt(np.where(zero, np.float32(0), norm2))
+    inverse = np.where(zero, np.float32(0), np.float32(1) / np.where(zero, np.float32(1), norm))
+    z = rotation.hadamard(centered * rotation.signs(dim)) * inverse[..., None]
+    passed = np.searchsorted(codebook.thresholds(bits), z, side="left")
+    codes = codebook.stored_codes(bits)[passed]
+    level = codebook.levels(bits)[codes]
+    mean = _sum_by_halves(level * (z if kind == "key" else level)) * np.float32(1 / dim)
+    strength = np.maximum(mean, np.float32(WEAKEST)) if kind == "key" else np.sqrt(mean)
+    scales = np.minimum(norm * np.float32(1 / np.sqrt(dim)) / strength, np.float32(MAX_SCALE))
+    codes[zero] = 0
+    return codes, scales.astype(np.float16)
+
+
+def decode(
+    codes: Octets, scales: npt.NDArray[np.float16], mu: Floats, bits: int = 4
+) -> npt.NDArray[np.float64]:
+    """The vectors that codes [..., n, d] and scales [..., n] stand for: fp64, like codes."""
+    dim = codes.shape[-1]
+    coded = codebook.levels(bits)[codes].astype(np.float64) * scales.astype(np.float64)[..., None]
+    return rotation.hadamard(coded) * rotation.signs(dim) / np.sqrt(dim) + mu
+
+
+def _pack(codes: Octets) -> Octets:
+    """Two 4-bit codes along the last axis into a byte, the even one low."""
+    return codes[..., 0::2] | codes[..., 1::2] << 4
+
+
+def _unpack(packed: Octets) -> Octets:
+    return np.stack((packed & 15, packed >> 4), axis=-1).reshape(*packed.shape[:-1], -1)
+
+
+def _to_floats(x: Floats, bits: int) -> Octets:
+    if not np.isfinite(x).all():
+        raise CodecError("K or V hold a NaN or an infinity")
+    stored = np.clip(x, -MAX_SCALE, MAX_SCALE).astype(np.float16) if bits == 16 else x
+    return np.ascontiguousarray(stored).reshape(-1).view(np.uint8)
+
+
+def seal_layer(
+    layout: KvLayout, block: Octets, layer: int, kv: tuple[Floats, Floats], centers: Floats
+) -> None:
+    """Writes one layer's planes. kv: fp32 [64, Hkv, D] each; centers: fp32 [2, Hkv, D].
+
+    Raises CodecError for a NaN or an infinity.
+    """
+    spec = layout.spec
+    keys, values = (x.transpose(1, 0, 2) for x in kv)  # [head][token][dim]
+    planes: list[Octets] = []
+    scale_planes: list[Octets] = []
+    for x, mu, kind, bits in (
+        (keys, centers[0], "key", spec.key_bits),
+        (values, centers[1], "value", spec.value_bits),
+    ):
+        by_token = kind == "key"
+        if bits > 8:
+            planes.append(_to_floats(x.transpose(0, 2, 1) if by_token else x, bits))
+            continue
+        codes, scales = encode(x, mu[:, None], "key" if by_token else "value", bits)
+        planes.append(_pack(codes.transpose(0, 2, 1) if by_token else codes).reshape(-1))
+        scale_planes.append(scales.reshape(-1).view(np.uint8))
+    start = layout.key_codes_at(layer)
+    block[start : start + layout.layer_bytes] = np.concatenate(planes + scale_planes)
+
+
+def decode_layer(
+    layout: KvLayout, block: Octets, layer: int, centers: Floats
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """K and V of one layer of a sealed block: fp64 [64, Hkv, D] each."""
+    spec, heads, dim = layout.spec, layout.num_kv_heads, layout.head_dim
+    decoded = []
+    for kind, bits, codes_at, size, scales_at in (
+        (0, spec.key_bits, layout.key_codes_at(layer), layout.key_code_bytes,
+         layout.key_scales_at(layer)),
+        (1, spec.value_bits, layout.value_codes_at(layer), layout.value_code_bytes,
+         layout.value_scales_at(layer)),
+    ):  # fmt: skip
+        shape = (heads, BLOCK_SIZE, -1) if kind else (heads, dim, -1)
+        plane = block[codes_at : codes_at + size]
+        if bits > 8:
+            x = plane.view(np.float16 if bits == 16 else np.float32).reshape(shape)
+            x = (x if kind else x.transpose(0, 2, 1)).astype(np.float64)
+        else:
+            codes = _unpack(plane.reshape(shape))
+            scales = block[scales_at : scales_at + heads * BLOCK_SIZE * 2].view(np.float16)
+            codes = codes if kind else codes.transpose(0, 2, 1)
+            x = decode(codes, scales.reshape(heads, BLOCK_SIZE), centers[kind][:, None], bits)
+        decoded.append(x.transpose(1, 0, 2))
+    return decoded[0], decoded[1]
+
+
+def attend_reference(
+    q: Floats, keys: npt.NDArray[np.float64], values: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """Softmax attention in fp64 of one token. q: [Hq, D]; keys, values: [tokens, Hkv, D].
+
+    The caller concatenates the decoded sealed blocks and the fp32 tail. Returns fp64 [Hq, D].
+    """
+    group = q.shape[0] // keys.shape[1]
+    keys, values = np.repeat(keys, group, axis=1), np.repeat(values, group, axis=1)
+    scores = np.einsum("hd,thd->ht", q.astype(np.float64), keys) / np.sqrt(q.shape[1])
+    weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+    weights /= weights.sum(axis=1, keepdims=True)
+    return np.einsum("ht,thd->hd", weights, values)
