@@ -4,26 +4,22 @@ A binding ties a session to buffers of one token count. Making the bindings cost
 running them, so those of recent token counts are kept.
 """
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from kvmesh.backends.arrays import aligned_zeros
 from kvmesh.backends.errors import CheckpointError
 from kvmesh.backends.models.loader import Checkpoint
 from kvmesh.backends.models.rope import rope_tables
 
 _KEPT_TOKEN_COUNTS = 128
-_ALIGNMENT = 64  # bytes; a cache line, and the widest vector load
 _WARNINGS_OFF = 3  # ONNX Runtime's level for errors only
-
-_Scalar = TypeVar("_Scalar", bound=np.generic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +28,6 @@ class SessionOptions:
 
     threads: int = 1
     spin: bool = False
-
-
-def aligned_zeros(shape: tuple[int, ...], dtype: type[_Scalar]) -> npt.NDArray[_Scalar]:
-    """Like np.zeros, with the first element on a cache line."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.zeros(size + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def open_session(model: bytes, root: Path, options: SessionOptions) -> ort.InferenceSession:

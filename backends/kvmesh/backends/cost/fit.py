@@ -7,36 +7,37 @@ import numpy.typing as npt
 
 from kvmesh.backends.base import Estimate, StepShape
 
-_KEPT_STEPS = 128  # of each kind
-_PRIOR_WEIGHT = 0.05  # in steps: decides only what the steps seen leave open
-_SWEEPS = 100
+_KEPT_STEPS = 16  # of each kind
+_PRIOR_WEIGHT = 0.01  # in steps: decides only what the steps seen leave open
 _LEAST_SECONDS = 1e-12
 
 
 class StepFit:
     """Learns an Estimate from (shape, seconds) of recent steps. Reads no clock.
 
-    Steps with prefill and steps of decode alone are kept apart, as thousands of decode steps would
-    otherwise push out the few that say what prefill costs.
+    Steps are kept by kind: the magnitudes, in powers of two, of what they prefill and decode.
+    Otherwise thousands of steps of one size would push out the few that say what others cost.
     """
 
     def __init__(self, prior: Estimate | None = None) -> None:
         self._prior = prior or Estimate()
-        self._prefill: deque[tuple[StepShape, float]] = deque(maxlen=_KEPT_STEPS)
-        self._decode: deque[tuple[StepShape, float]] = deque(maxlen=_KEPT_STEPS)
+        self._kinds: dict[tuple[int, int], deque[tuple[StepShape, float]]] = {}
         self._fitted: Estimate | None = self._prior
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """Adds a step that took `seconds`; not positive ones say nothing and are left out."""
         if seconds <= 0:
             return
-        (self._prefill if shape.prefill_tokens else self._decode).append((shape, seconds))
+        kind = (shape.prefill_tokens.bit_length(), shape.decode_sequences.bit_length())
+        self._kinds.setdefault(kind, deque(maxlen=_KEPT_STEPS)).append((shape, seconds))
         self._fitted = None
 
     def estimate(self) -> Estimate:
         """The fit over the steps kept; the prior as long as there are none."""
         if self._fitted is None:
-            self._fitted = _fit([*self._prefill, *self._decode], self._prior)
+            self._fitted = _fit(
+                [step for kind in self._kinds.values() for step in kind], self._prior
+            )
         return self._fitted
 
 
@@ -65,10 +66,17 @@ def _row(shape: StepShape) -> tuple[int, int, int, int]:
 def _solve_non_negative(
     gram: npt.NDArray[np.float64], target: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
-    """The x >= 0 of least x'Gx / 2 - t'x, by coordinate descent. G is positive definite."""
-    solution = np.ones(len(target))
-    for _ in range(_SWEEPS):
-        for index in range(len(target)):
-            gradient = gram[index] @ solution - target[index]
-            solution[index] = max(0.0, solution[index] - gradient / gram[index, index])
-    return solution
+    """The x >= 0 of least x'Gx / 2 - t'x, for a positive definite G of a few rows.
+
+    Solves for each choice of unknowns that are not zero; the best valid one is the answer.
+    """
+    size = len(target)
+    best, least = np.zeros(size), 0.0
+    for chosen in range(1, 1 << size):
+        index = [each for each in range(size) if chosen >> each & 1]
+        part = np.linalg.solve(gram[np.ix_(index, index)], target[index])
+        value = -0.5 * float(target[index] @ part)
+        if value < least and (part >= 0).all():
+            best, least = np.zeros(size), value
+            best[index] = part
+    return best

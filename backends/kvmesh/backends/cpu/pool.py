@@ -3,6 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
+from kvmesh.backends.arrays import aligned_zeros
 from kvmesh.kernels import block
 from kvmesh.kernels.errors import BlockError
 from kvmesh.kernels.layout import BLOCK_SIZE, KvLayout
@@ -17,13 +18,9 @@ class CpuPool:
 
     def __init__(self, layout: KvLayout, num_blocks: int, num_slots: int) -> None:
         self._layout = layout
-        # Zeroed pages are taken from the system when first written, so a large pool costs nothing
-        # until it is used.
-        self.blocks: npt.NDArray[np.uint8] = np.zeros((num_blocks, layout.block_bytes), np.uint8)
-        self.tails: npt.NDArray[np.float32] = np.zeros(
-            (num_slots, layout.num_layers, 2, BLOCK_SIZE, layout.num_kv_heads, layout.head_dim),
-            np.float32,
-        )
+        self.blocks = aligned_zeros((num_blocks, layout.block_bytes), np.uint8)
+        tail = (layout.num_layers, 2, BLOCK_SIZE, layout.num_kv_heads, layout.head_dim)
+        self.tails = aligned_zeros((num_slots, *tail), np.float32)
 
     @property
     def layout(self) -> KvLayout:
