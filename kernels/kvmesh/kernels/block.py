@@ -57,6 +57,10 @@ _CODEC_NAMES = {codec.codec_id: name for name, codec in CODECS.items()}
 Bytes = bytes | bytearray | memoryview | npt.NDArray[np.uint8]
 
 
+def _view(data: Bytes) -> memoryview:
+    return data.data if isinstance(data, np.ndarray) else memoryview(data)
+
+
 @dataclass(frozen=True, slots=True)
 class BlockHeader:
     """What a block says of itself. rotation_seed and codebook_version name the tables used."""
@@ -73,7 +77,7 @@ def parse_header(data: Bytes) -> BlockHeader:
 
     Raises ShortBlock, BadMagic, WrongVersion or WrongLayout.
     """
-    view = memoryview(data)
+    view = _view(data)
     if view.nbytes < HEADER_BYTES:
         raise ShortBlock(f"{view.nbytes} bytes, a header has {HEADER_BYTES}")
     magic, version, codec, fingerprint, layers, heads, dim, tokens, book, payload, seed = (
@@ -107,7 +111,7 @@ def verify(data: Bytes, layout: KvLayout | None = None) -> BlockHeader:
     Raises the BlockError that says what is wrong; without one, `data` may be attended to.
     """
     header = parse_header(data)
-    view = memoryview(data)
+    view = _view(data)
     size = header.layout.block_bytes
     if view.nbytes != size:
         raise ShortBlock(f"{view.nbytes} bytes, expected {size}")

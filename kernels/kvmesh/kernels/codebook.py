@@ -10,6 +10,7 @@ level, and a decoder needs a table of magnitudes only.
 """
 
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -46,11 +47,11 @@ def lloyd_max(bits: int, tolerance: float = 1e-14) -> list[float]:
     levels = [3 * (i + 0.5) / count for i in range(count)]
     moved = math.inf
     while moved > tolerance:
-        middles = [(a + b) / 2 for a, b in zip(levels, levels[1:], strict=False)]
+        middles = [(a + b) / 2 for a, b in itertools.pairwise(levels)]
         borders = [0.0, *middles, math.inf]
         means = [
             (_density(a) - _density(b)) / (_mass_above(a) - _mass_above(b))
-            for a, b in zip(borders, borders[1:], strict=False)
+            for a, b in itertools.pairwise(borders)
         ]
         moved = max(abs(a - b) for a, b in zip(levels, means, strict=True))
         levels = means

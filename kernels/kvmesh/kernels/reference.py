@@ -76,16 +76,18 @@ def decode(
     """The vectors that codes [..., n, d] and scales [..., n] stand for: fp64, like codes."""
     dim = codes.shape[-1]
     coded = codebook.levels(bits)[codes].astype(np.float64) * scales.astype(np.float64)[..., None]
-    return rotation.hadamard(coded) * rotation.signs(dim) / np.sqrt(dim) + mu
+    x: npt.NDArray[np.float64] = rotation.hadamard(coded) * rotation.signs(dim) / np.sqrt(dim) + mu
+    return x
 
 
 def _pack(codes: Octets) -> Octets:
     """Two 4-bit codes along the last axis into a byte, the even one low."""
-    return codes[..., 0::2] | codes[..., 1::2] << 4
+    packed: Octets = codes[..., 0::2] | codes[..., 1::2] << np.uint8(4)
+    return packed
 
 
 def _unpack(packed: Octets) -> Octets:
-    return np.stack((packed & 15, packed >> 4), axis=-1).reshape(*packed.shape[:-1], -1)
+    return np.stack((packed & 15, packed >> np.uint8(4)), axis=-1).reshape(*packed.shape[:-1], -1)
 
 
 def _to_floats(x: Floats, bits: int) -> Octets:
@@ -126,7 +128,7 @@ def decode_layer(
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """K and V of one layer of a sealed block: fp64 [64, Hkv, D] each."""
     spec, heads, dim = layout.spec, layout.num_kv_heads, layout.head_dim
-    decoded = []
+    decoded: list[npt.NDArray[np.float64]] = []
     for kind, bits, codes_at, size, scales_at in (
         (0, spec.key_bits, layout.key_codes_at(layer), layout.key_code_bytes,
          layout.key_scales_at(layer)),
@@ -136,8 +138,8 @@ def decode_layer(
         shape = (heads, BLOCK_SIZE, -1) if kind else (heads, dim, -1)
         plane = block[codes_at : codes_at + size]
         if bits > 8:
-            x = plane.view(np.float16 if bits == 16 else np.float32).reshape(shape)
-            x = (x if kind else x.transpose(0, 2, 1)).astype(np.float64)
+            floats = plane.view(np.float16 if bits == 16 else np.float32).reshape(shape)
+            x = (floats if kind else floats.transpose(0, 2, 1)).astype(np.float64)
         else:
             codes = _unpack(plane.reshape(shape))
             scales = block[scales_at : scales_at + heads * BLOCK_SIZE * 2].view(np.float16)
@@ -159,4 +161,5 @@ def attend_reference(
     scores = np.einsum("hd,thd->ht", q.astype(np.float64), keys) / np.sqrt(q.shape[1])
     weights = np.exp(scores - scores.max(axis=1, keepdims=True))
     weights /= weights.sum(axis=1, keepdims=True)
-    return np.einsum("ht,thd->hd", weights, values)
+    out: npt.NDArray[np.float64] = np.einsum("ht,thd->hd", weights, values)
+    return out

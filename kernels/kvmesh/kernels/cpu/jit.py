@@ -4,8 +4,10 @@ Compiled without fast-math and without threads inside: a sum is always added up 
 written, so a result does not depend on the machine's vector width or on the batch.
 """
 
+import hashlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
@@ -33,10 +35,33 @@ _HALF = np.float32(0.5)
 _TO_NORMAL = np.float32(2.0**112)
 
 
+def _sources_digest() -> str:
+    """Names the state of every file that machine code is made from."""
+    here = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted([*here.glob("*.py"), *here.parent.glob("*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+_DIGEST = _sources_digest()
+
+
 def kernel(function: _Kernel) -> _Kernel:
-    """Compiles on first call, without the GIL, and keeps the machine code beside the source."""
-    compiled: _Kernel = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
-    return compiled
+    """Compiles a function that other kernels call, without the GIL."""
+    compiled: Any = numba.njit(nogil=True, error_model="numpy")(function)
+    return cast(_Kernel, compiled)
+
+
+def entry(function: _Kernel) -> _Kernel:
+    """Compiles a kernel that Python calls; its machine code is kept beside the source.
+
+    Numba looks only at the entry's own file for changes, not at what it calls and not at constants
+    from elsewhere. So the name under which it is kept carries a digest of all of them.
+    """
+    function.__qualname__ = f"{function.__qualname__}_{_DIGEST}"
+    compiled: Any = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+    return cast(_Kernel, compiled)
 
 
 @kernel

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from kvmesh.kernels import block as block_bytes
 from kvmesh.kernels.cpu.attend import attend
-from kvmesh.kernels.cpu.jit import kernel
+from kvmesh.kernels.cpu.jit import entry
 from kvmesh.kernels.cpu.seal import seal_layer
 from kvmesh.kernels.cpu.tile import Pool, geometry, make_scratch, tables
 from kvmesh.kernels.errors import CodecError
@@ -37,7 +37,7 @@ class StepPlan:
     tables: npt.NDArray[np.int32]
 
 
-@kernel
+@entry
 def _misfit(row_start: Any, pos: Any, slot: Any, blocks: Any, rows: int, limits: Any) -> int:
     """The first segment that would reach outside its arrays, or -1."""
     slots, num_blocks = limits
@@ -56,7 +56,7 @@ def _misfit(row_start: Any, pos: Any, slot: Any, blocks: Any, rows: int, limits:
     return -1
 
 
-@kernel
+@entry
 def _run(
     geo: Any, table: Any, pool: Any, tails: Any, layer: int, plan: Any, qkv: Any, centers: Any,
     out: Any,
@@ -105,10 +105,11 @@ def run_layer(
 ) -> None:
     """Attention of one layer over every token of a step; seals the blocks that fill.
 
-    pool: uint8 [num_blocks, layout.block_bytes]; tails: fp32 [num_slots, num_layers, 2, 64, Hkv, D];
-    both changed in place. qkv: fp32 q [T, Hq, D], k and v [T, Hkv, D], q and k after RoPE. centers:
-    fp32 [num_layers, 2, Hkv, D], the model's mean K and V. out: fp32 [T, Hq, D], written; scores
-    are scaled by 1/sqrt(D). All C-contiguous.
+    pool: uint8 [num_blocks, layout.block_bytes], changed in place.
+    tails: fp32 [num_slots, num_layers, 2, 64, Hkv, D], changed in place.
+    qkv: fp32 q [T, Hq, D], k and v [T, Hkv, D], q and k after RoPE.
+    centers: fp32 [num_layers, 2, Hkv, D], the model's mean K and V; float codecs ignore them.
+    out: fp32 [T, Hq, D], written; scores are scaled by 1/sqrt(D).
 
     Raises ValueError for arrays that do not fit together, before anything is written, and
     CodecError if a block filled that holds a NaN or an infinity; other segments are then complete.
@@ -151,6 +152,14 @@ def _check_shapes(
     ):
         if found != expected:
             raise ValueError(f"{name} has shape {found}, expected {expected}")
+    for name, array, dtype in (
+        ("pool", pool, np.uint8),
+        ("tails", tails, np.float32),
+        ("centers", centers, np.float32),
+        ("out", out, np.float32),
+    ):
+        if array.dtype != dtype or not (array.flags.c_contiguous and array.flags.writeable):
+            raise ValueError(f"{name} must be {dtype.__name__}, C-contiguous and writable")
 
 
 def finish_blocks(layout: KvLayout, pool: npt.NDArray[np.uint8], block_ids: npt.ArrayLike) -> None:
@@ -160,7 +169,7 @@ def finish_blocks(layout: KvLayout, pool: npt.NDArray[np.uint8], block_ids: npt.
 
 
 def warm() -> None:
-    """Compiles every kernel for every codec, or loads them from the cache, by running a tiny step."""
+    """Compiles every kernel, or loads it from the cache, by a tiny step of every codec."""
     for codec in CODECS:
         layout = KvLayout(1, 1, 32, codec, bytes(16))
         tails = np.zeros((1, 1, 2, BLOCK_SIZE, 1, 32), np.float32)
