@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +50,7 @@ def flatten(segments: Sequence[Segment], limits: StepLimits) -> FlatStep:
     for index, segment in enumerate(segments):
         _check_segment(index, segment, counts[index], limits)
     _check_whole([segment.slot for segment in segments], sum(counts), limits)
-    ends = np.cumsum([0, *counts])
+    ends = np.array([0, *accumulate(counts)])
     row_start = ends.astype(np.int32)
     start = np.array([segment.start for segment in segments], np.int64)
     ids = np.concatenate([segment.token_ids for segment in segments]).astype(np.int64, copy=False)

@@ -1,35 +1,42 @@
 """Fits what a step costs from the steps that ran: non-negative, and steady under outliers."""
 
-from collections import deque
+from collections import OrderedDict, deque
 
 import numpy as np
 import numpy.typing as npt
 
 from kvmesh.backends.base import Estimate, StepShape
 
-_KEPT_STEPS = 16  # of each kind
+_KEPT_STEPS = 8  # of each kind
+_KEPT_KINDS = 128
 _PRIOR_WEIGHT = 0.01  # in steps: decides only what the steps seen leave open
 _LEAST_SECONDS = 1e-12
+
+_Kind = tuple[int, int, int]
 
 
 class StepFit:
     """Learns an Estimate from (shape, seconds) of recent steps. Reads no clock.
 
-    Steps are kept by kind: the magnitudes, in powers of two, of what they prefill and decode.
-    Otherwise thousands of steps of one size would push out the few that say what others cost.
+    Steps are kept by kind: the magnitudes, in powers of two, of what they prefill, decode and
+    attend to. Otherwise thousands of steps of one size would push out the few that say what others
+    cost. Of the kinds, those seen last are kept.
     """
 
     def __init__(self, prior: Estimate | None = None) -> None:
         self._prior = prior or Estimate()
-        self._kinds: dict[tuple[int, int], deque[tuple[StepShape, float]]] = {}
+        self._kinds: OrderedDict[_Kind, deque[tuple[StepShape, float]]] = OrderedDict()
         self._fitted: Estimate | None = self._prior
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """Adds a step that took `seconds`; not positive ones say nothing and are left out."""
         if seconds <= 0:
             return
-        kind = (shape.prefill_tokens.bit_length(), shape.decode_sequences.bit_length())
+        kind = _kind(shape)
         self._kinds.setdefault(kind, deque(maxlen=_KEPT_STEPS)).append((shape, seconds))
+        self._kinds.move_to_end(kind)
+        if len(self._kinds) > _KEPT_KINDS:
+            self._kinds.popitem(last=False)
         self._fitted = None
 
     def estimate(self) -> Estimate:
@@ -39,6 +46,14 @@ class StepFit:
                 [step for kind in self._kinds.values() for step in kind], self._prior
             )
         return self._fitted
+
+
+def _kind(shape: StepShape) -> _Kind:
+    return (
+        shape.prefill_tokens.bit_length(),
+        shape.decode_sequences.bit_length(),
+        shape.context_tokens.bit_length(),
+    )
 
 
 def _fit(steps: list[tuple[StepShape, float]], prior: Estimate) -> Estimate:

@@ -17,10 +17,12 @@ from kvmesh.backends.base import (
 from kvmesh.backends.cost.fit import StepFit
 from kvmesh.backends.cpu.memory import memory_bytes, processor_name
 from kvmesh.backends.cpu.pool import CpuPool
+from kvmesh.backends.errors import CheckpointError
 from kvmesh.backends.models.loader import Checkpoint
 from kvmesh.backends.ort import SessionOptions, StagePipeline
 from kvmesh.backends.steps import StepLimits, flatten
 from kvmesh.kernels.cpu import step as kernel
+from kvmesh.kernels.errors import CodecError
 from kvmesh.kernels.layout import BLOCK_SIZE, KvLayout
 
 _POOL_LIMIT_BYTES = 2 << 30
@@ -39,21 +41,8 @@ class CpuModel:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         config = checkpoint.config
-        layout = KvLayout(
-            num_layers=config.num_layers,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            codec=options.codec,
-            fingerprint=checkpoint.fingerprint,
-        )
-        self._spec = ModelSpec(
-            name=checkpoint.name,
-            vocab_size=config.vocab_size,
-            max_context=config.max_context,
-            eos_token_ids=config.eos_token_ids,
-            bos_token_id=config.bos_token_id,
-            layout=layout,
-        )
+        self._spec = _spec(checkpoint, options.codec)
+        layout = self._spec.layout
         num_blocks = _num_blocks(layout, config.max_context, options)
         self._pool = CpuPool(layout, num_blocks, options.num_slots)
         self._limits = StepLimits(
@@ -70,7 +59,12 @@ class CpuModel:
         self._clock = clock
         self._fit = StepFit()
         kernel.warm()
-        self._warm_up()
+        try:
+            self._warm_up()
+        except CodecError as error:
+            raise CheckpointError(
+                f"{checkpoint.root}: computes no finite K and V: {error}"
+            ) from error
 
     @property
     def spec(self) -> ModelSpec:
@@ -140,6 +134,24 @@ class CpuModel:
             self.forward(step)
         self._pool.blocks[: count // BLOCK_SIZE + 1] = 0
         self._pool.tails[slots] = 0
+
+
+def _spec(checkpoint: Checkpoint, codec: str) -> ModelSpec:
+    config = checkpoint.config
+    return ModelSpec(
+        name=checkpoint.name,
+        vocab_size=config.vocab_size,
+        max_context=config.max_context,
+        eos_token_ids=config.eos_token_ids,
+        bos_token_id=config.bos_token_id,
+        layout=KvLayout(
+            num_layers=config.num_layers,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            codec=codec,
+            fingerprint=checkpoint.fingerprint,
+        ),
+    )
 
 
 def _num_blocks(layout: KvLayout, max_context: int, options: ModelOptions) -> int:

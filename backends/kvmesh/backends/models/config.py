@@ -108,21 +108,7 @@ def read_config(folder: Path) -> LlamaConfig:
     reader = _Reader(folder / "config.json", read_json(folder / "config.json"))
     _refuse_unsupported(reader)
     hidden_size = reader.positive_int("hidden_size")
-    num_heads = reader.positive_int("num_attention_heads")
-    num_kv_heads = reader.positive_int("num_key_value_heads", num_heads)
-    if num_heads % num_kv_heads:
-        raise reader.refuse(
-            f"num_attention_heads {num_heads} is not a multiple of "
-            f"num_key_value_heads {num_kv_heads}"
-        )
-    if reader.fields.get("head_dim") is None and hidden_size % num_heads:
-        raise reader.refuse(f"hidden_size {hidden_size} is not a multiple of {num_heads} heads")
-    head_dim = reader.positive_int("head_dim", hidden_size // num_heads)
-    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM or head_dim & (head_dim - 1):
-        raise reader.refuse(
-            f"head_dim {head_dim} is not supported, must be a power of two in "
-            f"{MIN_HEAD_DIM}..{MAX_HEAD_DIM}"
-        )
+    num_heads, num_kv_heads, head_dim = _read_heads(reader, hidden_size)
     bos = reader.token_ids("bos_token_id")
     return LlamaConfig(
         vocab_size=reader.positive_int("vocab_size"),
@@ -155,6 +141,26 @@ def _refuse_unsupported(reader: _Reader) -> None:
     for name in _REFUSED_IF_SET:
         if reader.fields.get(name):
             raise reader.refuse(f"{name} is {reader.fields[name]!r}, which is not supported")
+
+
+def _read_heads(reader: _Reader, hidden_size: int) -> tuple[int, int, int]:
+    """(query heads, K and V heads, head dim)."""
+    num_heads = reader.positive_int("num_attention_heads")
+    num_kv_heads = reader.positive_int("num_key_value_heads", num_heads)
+    if num_heads % num_kv_heads:
+        raise reader.refuse(
+            f"num_attention_heads {num_heads} is not a multiple of "
+            f"num_key_value_heads {num_kv_heads}"
+        )
+    if reader.fields.get("head_dim") is None and hidden_size % num_heads:
+        raise reader.refuse(f"hidden_size {hidden_size} is not a multiple of {num_heads} heads")
+    head_dim = reader.positive_int("head_dim", hidden_size // num_heads)
+    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM or head_dim & (head_dim - 1):
+        raise reader.refuse(
+            f"head_dim {head_dim} is not supported, must be a power of two in "
+            f"{MIN_HEAD_DIM}..{MAX_HEAD_DIM}"
+        )
+    return num_heads, num_kv_heads, head_dim
 
 
 def _read_rope(reader: _Reader) -> RopeConfig:
