@@ -1,0 +1,94 @@
+"""Laws 2 and 3 over real processes: nothing but the request decides what is said.
+
+Every case runs the same 40 requests (20 prompts, greedy and with seeded sampling) and compares
+output ids with those of one worker that takes each prompt whole, alone and without a cache.
+"""
+
+import asyncio
+import signal
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from meshes import (
+    OUTPUT_TOKENS,
+    Progress,
+    identity_requests,
+    inference,
+    mesh_config,
+    outputs,
+    outputs_of,
+    ready,
+)
+
+from kvmesh.integration.launch import running_mesh
+from kvmesh.integration.loadgen import closed_loop
+from kvmesh.services.common.config import RouterConfig, WorkerConfig
+
+pytestmark = [pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def expected(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[list[list[int]]]:
+    alone = mesh_config([WorkerConfig(role="both", step_tokens=2048, prefill_chunk=2048)])
+    run_dir = tmp_path_factory.mktemp("alone")
+    async with running_mesh(alone, run_dir) as mesh, inference(await ready(mesh)) as client:
+        # Each request under a salt of its own: none can find another's blocks.
+        requests = identity_requests()
+        for number, request in enumerate(requests):
+            request.cache_salt = f"alone {number}"
+        yield await outputs(client, requests, concurrency=1)
+
+
+async def test_the_outputs_can_tell_requests_apart(expected: list[list[int]]) -> None:
+    """Else the comparisons below could not fail."""
+    assert len({tuple(ids) for ids in expected}) > len(expected) // 2
+    assert any(a != b for a, b in zip(expected[:20], expected[20:], strict=True))
+
+
+async def test_disaggregated_batched_and_cached(expected: list[list[int]], tmp_path: Path) -> None:
+    """Hand-over with 16 at once; then again one by one, where every full block is a hit."""
+    config = mesh_config(router=RouterConfig(port=0, handover_min_tokens=64))
+    async with running_mesh(config, tmp_path) as mesh, inference(await ready(mesh)) as client:
+        requests = identity_requests()
+        miss = await closed_loop(client, requests, concurrency=16)
+        assert outputs_of(miss) == expected
+        assert sum(bool(result.usage.prefill_worker) for result in miss) >= 10
+        hit = await closed_loop(client, requests, concurrency=1)
+        assert outputs_of(hit) == expected
+        for request, result in zip(requests, hit, strict=True):
+            full_blocks = (len(request.tokens.ids) - 1) // 64
+            assert result.usage.cached_tokens >= full_blocks * 64 > 0
+
+
+async def test_chunked_prefill_in_a_pool_that_preempts(
+    expected: list[list[int]], tmp_path: Path
+) -> None:
+    """Prompts cut into odd chunks beside running decodes; 16 sequences do not fit in the pool."""
+    small = WorkerConfig(role="both", step_tokens=80, prefill_chunk=37, blocks=24, slots=16)
+    async with (
+        running_mesh(mesh_config([small]), tmp_path) as mesh,
+        inference(await ready(mesh)) as client,
+    ):
+        assert await outputs(client, identity_requests(), concurrency=16) == expected
+
+
+async def test_a_killed_worker_is_not_heard(expected: list[list[int]], tmp_path: Path) -> None:
+    """SIGKILL of a worker while all 40 requests stream from two; then of the other, once more."""
+    config = mesh_config([WorkerConfig(role="both", count=2)])
+    migrated = 0
+    async with running_mesh(config, tmp_path) as mesh, inference(await ready(mesh)) as client:
+        for victim in ("worker-0", "worker-1"):
+            requests = identity_requests(salt=victim)
+            progress = Progress()
+            running = asyncio.create_task(progress.run_all(client, requests))
+            await progress.wait_for(lambda p: p.num_tokens >= 4 * len(requests))
+            mesh.kill(victim, signal.SIGKILL)
+            results = await running
+            assert outputs_of(results) == expected
+            migrated += sum(result.usage.migrations > 0 for result in results)
+            await mesh.wait_restarted(victim, 1)
+            await mesh.wait_ready()
+    assert migrated >= 20
+    assert all(len(ids) == OUTPUT_TOKENS for ids in expected)
