@@ -1,0 +1,95 @@
+"""The tables against the published numbers, and the codec's error against theory."""
+
+import numpy as np
+import pytest
+
+from kvmesh.kernels import codebook, reference, rotation
+from kvmesh.kernels.errors import CodecError
+
+PUBLISHED = {
+    2: [0.45278, 1.51041],
+    3: [0.24509, 0.75598, 1.34388, 2.15192],
+    4: [0.12837, 0.38799, 0.65668, 0.94224, 1.25613, 1.61794, 2.06892, 2.73250],
+}
+NO_CENTER = np.zeros(128, np.float32)
+
+
+def unit_vectors(seed: int, count: int, dim: int = 128) -> np.ndarray:
+    x = np.random.default_rng(seed).standard_normal((count, dim))
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_frozen_levels_are_lloyd_max(bits):
+    computed = codebook.lloyd_max(bits)
+    frozen = codebook.levels(bits)[: 1 << (bits - 1)]
+    np.testing.assert_allclose(frozen, computed, atol=2e-7)
+    np.testing.assert_allclose(frozen, PUBLISHED[bits], atol=2e-4)
+    assert codebook.levels(bits)[1 << (bits - 1)] == -frozen[0]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_stored_code_is_nearest_level(bits):
+    z = np.linspace(-4, 4, 10_001).astype(np.float32)
+    passed = np.searchsorted(codebook.thresholds(bits), z, side="left")
+    level = codebook.levels(bits)[codebook.stored_codes(bits)[passed]]
+    nearest = np.abs(z[:, None] - codebook.levels(bits)).min(axis=1)
+    np.testing.assert_allclose(np.abs(z - level), nearest, atol=1e-6)
+
+
+def test_rotation_is_orthogonal_and_signs_are_mixed():
+    for dim in (32, 64, 128, 256):
+        signs = rotation.signs(dim)
+        r = rotation.hadamard(np.eye(dim)) * signs / np.sqrt(dim)
+        np.testing.assert_allclose(r @ r.T, np.eye(dim), atol=1e-12)
+        assert set(signs) == {-1.0, 1.0} and abs(signs.sum()) < dim / 2
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(2, 0.1186), (3, 0.0338), (4, 0.0091)])
+def test_squared_error_of_values(bits, expected):
+    u = unit_vectors(1, 8192)
+    codes, scales = reference.encode(u, NO_CENTER, "value", bits)
+    error = ((reference.decode(codes, scales, NO_CENTER, bits) - u) ** 2).sum(axis=1).mean()
+    assert error == pytest.approx(expected, rel=0.03)
+    assert error < 2.72 * 4.0**-bits
+
+
+@pytest.mark.parametrize(("bits", "expected"), [(2, 0.1160), (3, 0.0340), (4, 0.00932)])
+def test_squared_error_of_the_codes(bits, expected):
+    """With the plain norm as scale, the paper's D_mse."""
+    u = unit_vectors(2, 8192)
+    codes, _ = reference.encode(u, NO_CENTER, "value", bits)
+    plain = np.full(len(u), 1 / np.sqrt(128))
+    coded = codebook.levels(bits)[codes] * plain[:, None]
+    back = rotation.hadamard(coded) * rotation.signs(128) / np.sqrt(128)
+    assert ((back - u) ** 2).sum(axis=1).mean() == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.3, 0.8])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_keys_are_unbiased(bits, rho):
+    u, other = unit_vectors(3, 16_000), unit_vectors(4, 16_000)
+    other -= (other * u).sum(axis=1, keepdims=True) * u
+    other /= np.linalg.norm(other, axis=1, keepdims=True)
+    y = rho * u + np.sqrt(1 - rho**2) * other
+    codes, scales = reference.encode(u, NO_CENTER, "key", bits)
+    error = (y * (reference.decode(codes, scales, NO_CENTER, bits) - u)).sum(axis=1)
+    assert abs(error.mean()) < 1e-3
+    if (bits, rho) == (3, 0.3):
+        assert 128 * error.var() == pytest.approx(0.0323, rel=0.05)
+
+
+def test_zero_has_code_zero_and_scale_zero():
+    mu = np.random.default_rng(5).standard_normal(64).astype(np.float32)
+    for kind in ("key", "value"):
+        codes, scales = reference.encode(mu[None], mu, kind)
+        assert not codes.any() and not scales.any()
+        np.testing.assert_array_equal(reference.decode(codes, scales, mu)[0], mu)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_reference_refuses_what_is_not_finite(bad):
+    x = np.ones((2, 64), np.float32)
+    x[1, 7] = bad
+    with pytest.raises(CodecError, match="keys hold a NaN or an infinity"):
+        reference.encode(x, np.zeros(64, np.float32), "key")
