@@ -1,0 +1,92 @@
+"""One kvcache shard as a process of the mesh."""
+
+import os
+import time
+from collections.abc import Sequence
+
+import grpc
+
+from kvmesh.services.common.client import Deadlines, Link, Links
+from kvmesh.services.common.errors import ConfigError
+from kvmesh.services.common.lease import MembershipLease
+from kvmesh.services.common.process import ProcessContext
+from kvmesh.services.common.server import Listener
+from kvmesh.services.kvcache.client import KvCacheClient
+from kvmesh.services.kvcache.feed import EventFeed
+from kvmesh.services.kvcache.servicer import Identity, KvCacheServicer
+from kvmesh.services.kvcache.store import BlockStore
+from kvmesh.v1 import kvcache_pb2_grpc, mesh_pb2
+
+FAULTS_VARIABLE = "KVMESH_FAULTS"  # 1: the Corrupt call works
+PORT_VARIABLE = "KVMESH_PORT"  # shards are placed by address, so a restarted one keeps its port
+SERVICE_NAME = "kvmesh.v1.KvCache"
+
+
+class KvCacheService:
+    """Implements common.server.Service. Raises ConfigError for a bad port in the environment."""
+
+    def __init__(self, context: ProcessContext) -> None:
+        self._context = context
+        self._port = _port()
+        store = BlockStore(
+            context.config.kvcache.max_bytes, lease_prefix=f"{context.incarnation:x}-"
+        )
+        identity = Identity(
+            context.member_id, context.incarnation, os.environ.get(FAULTS_VARIABLE) == "1"
+        )
+        self._servicer = KvCacheServicer(
+            identity,
+            store,
+            EventFeed(context.incarnation, store.keys),
+            context.telemetry,
+            time.monotonic,
+        )
+        self._mesh: Link | None = None
+        self._lease: MembershipLease | None = None
+
+    @property
+    def listeners(self) -> Sequence[Listener]:
+        return (Listener(self._context.config.host, self._port, (SERVICE_NAME,)),)
+
+    def register(self, listeners: Sequence[grpc.aio.Server]) -> None:
+        kvcache_pb2_grpc.add_KvCacheServicer_to_server(self._servicer, listeners[0])
+
+    async def start(self, addresses: Sequence[str]) -> None:
+        """Raises the MeshError of a probe that failed, or Incompatible from the router."""
+        (address,) = addresses
+        await self._probe(address)
+        self._mesh = Link(self._context.mesh_address, self._context.security)
+        member = mesh_pb2.Member(
+            member_id=self._context.member_id,
+            incarnation=self._context.incarnation,
+            kind="kvcache",
+            address=address,
+        )
+        self._lease = MembershipLease(self._mesh, member)
+        await self._lease.start()
+
+    async def drain(self) -> None:
+        if self._lease is not None:
+            await self._lease.drain()
+        await self._servicer.drain()
+
+    async def close(self) -> None:
+        if self._lease is not None:
+            await self._lease.close()
+        if self._mesh is not None:
+            await self._mesh.close()
+
+    async def _probe(self, address: str) -> None:
+        """The shard answers under its own address, with the credentials that others use."""
+        links = Links(self._context.security)
+        try:
+            await KvCacheClient(links, Deadlines()).stats(address)
+        finally:
+            await links.close()
+
+
+def _port() -> int:
+    text = os.environ.get(PORT_VARIABLE, "0")
+    if not text.isdecimal() or int(text) > 65_535:
+        raise ConfigError(f"{PORT_VARIABLE} is {text!r}; set a port from 0 (any free one) to 65535")
+    return int(text)
