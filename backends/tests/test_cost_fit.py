@@ -41,6 +41,13 @@ def test_finds_the_truth():
     assert not fit.estimate().simulated
 
 
+def test_a_prior_that_is_far_off_does_not_hold_it_back():
+    fit = StepFit(Estimate(1e-2, 1e-6, 1e-3, 1e-9))
+    for shape in shapes(200):
+        fit.observe(shape, TRUTH.seconds(shape))
+    assert error(fit) < 0.05
+
+
 def test_noise_and_stalls_do_not_carry_it_away():
     fit, rng = StepFit(), np.random.default_rng(2)
     for index, shape in enumerate(shapes(400)):

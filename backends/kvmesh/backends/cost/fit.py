@@ -9,7 +9,8 @@ from kvmesh.backends.base import Estimate, StepShape
 
 _KEPT_STEPS = 8  # of each kind
 _KEPT_KINDS = 128
-_PRIOR_WEIGHT = 0.01  # in steps: decides only what the steps seen leave open
+_PRIOR_WEIGHT = 1e-3  # relative to the steps: decides only what they leave open
+_UNSEEN_WEIGHT = 1e-9  # holds an unknown that no step touched at the prior
 _LEAST_SECONDS = 1e-12
 
 _Kind = tuple[int, int, int]
@@ -68,8 +69,9 @@ def _fit(steps: list[tuple[StepShape, float]], prior: Estimate) -> Estimate:
     # Relative errors: a short step counts as much as a long one, a stall of any length at most as
     # much as one step. Unknowns are multiples of the prior, so that all are of one magnitude.
     rows = work * start / seconds[:, None]
-    gram = rows.T @ rows + _PRIOR_WEIGHT * np.eye(4)
-    target = rows.sum(axis=0) + _PRIOR_WEIGHT
+    gram = rows.T @ rows
+    pull = _PRIOR_WEIGHT * np.diag(gram) + _UNSEEN_WEIGHT
+    gram, target = gram + np.diag(pull), rows.sum(axis=0) + pull
     base, prefill, decode, context = (_solve_non_negative(gram, target) * start).tolist()
     return Estimate(base, prefill, decode, context, simulated=False)
 

@@ -29,6 +29,8 @@ _POOL_LIMIT_BYTES = 2 << 30
 _POOL_SEQUENCES = 64  # a pool need not hold more than this many of full length
 _WARM_UP_TOKENS = 128
 _WARM_UP_SEQUENCES = 8
+# Proportions of a small model on one core; its own steps soon set the magnitudes.
+_PRIOR = Estimate(3e-4, 1e-4, 1e-4, 5e-7)
 
 
 class CpuModel:
@@ -57,7 +59,7 @@ class CpuModel:
             checkpoint, options.max_step_tokens, SessionOptions(options.threads, options.spin)
         )
         self._clock = clock
-        self._fit = StepFit()
+        self._fit = StepFit(_PRIOR)
         kernel.warm()
         try:
             self._warm_up()
@@ -129,7 +131,7 @@ class CpuModel:
         ]
         for step in steps:
             self.forward(step)
-        self._fit = StepFit()  # the first round also paid for first touches and bindings
+        self._fit = StepFit(_PRIOR)  # the first round also paid for first touches and bindings
         for step in steps:
             self.forward(step)
         self._pool.blocks[: count // BLOCK_SIZE + 1] = 0
