@@ -4,11 +4,12 @@ import asyncio
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from kvmesh.services.router.client import InferenceClient
 from tokenizers import Tokenizer
 
-from kvmesh.integration.launch import Mesh
+from kvmesh.integration.launch import Mesh, running_mesh
 from kvmesh.integration.loadgen import RequestResult, closed_loop, run_request, token_request
 from kvmesh.integration.needle import make_case
 from kvmesh.services.common.checkpoint import checkpoint_path
@@ -86,6 +87,13 @@ async def outputs(
 async def ready(mesh: Mesh) -> Mesh:
     await mesh.wait_ready()
     return mesh
+
+
+@asynccontextmanager
+async def started(config: MeshConfig, run_dir: Path) -> AsyncIterator[tuple[Mesh, InferenceClient]]:
+    """A mesh that is ready, with a client of it."""
+    async with running_mesh(config, run_dir) as mesh, inference(await ready(mesh)) as client:
+        yield mesh, client
 
 
 class Progress:

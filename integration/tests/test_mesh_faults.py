@@ -8,7 +8,7 @@ from pathlib import Path
 import grpc
 import pytest
 from kvmesh.services.router.client import InferenceClient
-from meshes import Progress, inference, mesh_config, prompts, ready
+from meshes import Progress, inference, mesh_config, prompts, ready, started
 
 from kvmesh.integration.launch import LaunchOptions, Mesh, running_mesh
 from kvmesh.integration.loadgen import run_request, token_request
@@ -198,7 +198,7 @@ async def test_bad_input_is_named_and_takes_nothing_down(tmp_path: Path) -> None
 async def test_queue_limit_answers_with_a_retry_delay(tmp_path: Path) -> None:
     endless = common_pb2.SamplingParams(temperature=0.0, max_tokens=5000, ignore_eos=True)
     config = mesh_config(router=RouterConfig(port=0, max_active=4))
-    async with running_mesh(config, tmp_path) as mesh, inference(await ready(mesh)) as client:
+    async with started(config, tmp_path) as (mesh, client):
         progress = Progress()
         requests = [token_request(ids, endless) for ids in prompts(4)]
         running = asyncio.create_task(progress.run_all(client, requests))

@@ -15,14 +15,12 @@ from meshes import (
     OUTPUT_TOKENS,
     Progress,
     identity_requests,
-    inference,
     mesh_config,
     outputs,
     outputs_of,
-    ready,
+    started,
 )
 
-from kvmesh.integration.launch import running_mesh
 from kvmesh.integration.loadgen import closed_loop
 from kvmesh.services.common.config import RouterConfig, WorkerConfig
 
@@ -33,7 +31,7 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")
 async def expected(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[list[list[int]]]:
     alone = mesh_config([WorkerConfig(role="both", step_tokens=2048, prefill_chunk=2048)])
     run_dir = tmp_path_factory.mktemp("alone")
-    async with running_mesh(alone, run_dir) as mesh, inference(await ready(mesh)) as client:
+    async with started(alone, run_dir) as (_, client):
         # Each request under a salt of its own: none can find another's blocks.
         requests = identity_requests()
         for number, request in enumerate(requests):
@@ -50,7 +48,7 @@ async def test_the_outputs_can_tell_requests_apart(expected: list[list[int]]) ->
 async def test_disaggregated_batched_and_cached(expected: list[list[int]], tmp_path: Path) -> None:
     """Hand-over with 16 at once; then again one by one, where every full block is a hit."""
     config = mesh_config(router=RouterConfig(port=0, handover_min_tokens=64))
-    async with running_mesh(config, tmp_path) as mesh, inference(await ready(mesh)) as client:
+    async with started(config, tmp_path) as (_, client):
         requests = identity_requests()
         miss = await closed_loop(client, requests, concurrency=16)
         assert outputs_of(miss) == expected
@@ -67,10 +65,7 @@ async def test_chunked_prefill_in_a_pool_that_preempts(
 ) -> None:
     """Prompts cut into odd chunks beside running decodes; 16 sequences do not fit in the pool."""
     small = WorkerConfig(role="both", step_tokens=80, prefill_chunk=37, blocks=24, slots=16)
-    async with (
-        running_mesh(mesh_config([small]), tmp_path) as mesh,
-        inference(await ready(mesh)) as client,
-    ):
+    async with started(mesh_config([small]), tmp_path) as (_, client):
         assert await outputs(client, identity_requests(), concurrency=16) == expected
 
 
@@ -78,12 +73,12 @@ async def test_a_killed_worker_is_not_heard(expected: list[list[int]], tmp_path:
     """SIGKILL of a worker while all 40 requests stream from two; then of the other, once more."""
     config = mesh_config([WorkerConfig(role="both", count=2)])
     migrated = 0
-    async with running_mesh(config, tmp_path) as mesh, inference(await ready(mesh)) as client:
+    async with started(config, tmp_path) as (mesh, client):
         for victim in ("worker-0", "worker-1"):
             requests = identity_requests(salt=victim)
             progress = Progress()
             running = asyncio.create_task(progress.run_all(client, requests))
-            await progress.wait_for(lambda p: p.num_tokens >= 4 * len(requests))
+            await progress.wait_for(lambda p: p.num_tokens >= 4 * 40)
             mesh.kill(victim, signal.SIGKILL)
             results = await running
             assert outputs_of(results) == expected
