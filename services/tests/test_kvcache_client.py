@@ -57,6 +57,18 @@ class StallingShard(kvcache_pb2_grpc.KvCacheServicer):
             self.ended.set()
 
 
+class BreakingShard(KvCacheServicer):
+    """Gives one block of each Get, then breaks off."""
+
+    gets = 0
+
+    async def Get(self, request, context):  # type: ignore[no-untyped-def]
+        self.gets += 1
+        async for response in super().Get(request, context):
+            yield response
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "breaks off")
+
+
 @dataclass
 class Mesh:
     links: Links = field(default_factory=Links)
@@ -80,14 +92,16 @@ class Mesh:
         self.servers[address] = bound
         return address
 
-    async def add_shard(self, max_bytes: int) -> str:
+    async def add_shard(
+        self, max_bytes: int, kind: type[KvCacheServicer] = KvCacheServicer
+    ) -> KvCacheServicer:
         store = BlockStore(max_bytes)
         feed = EventFeed(1, store.keys)
         identity = Identity(f"kvcache-{len(self.stores)}", 1, faults=True)
-        servicer = KvCacheServicer(identity, store, feed, self.telemetry, lambda: 1.0)
+        servicer = kind(identity, store, feed, self.telemetry, lambda: 1.0)
         address = await self.add(servicer)
         self.stores[address] = store
-        return address
+        return servicer
 
     async def add_stalling(self) -> tuple[StallingShard, str]:
         stalling = StallingShard()  # type: ignore[abstract]
@@ -155,6 +169,40 @@ async def test_only_the_prefix_is_fetched() -> None:
         assert found.blocks == [b.data for b in blocks[:7]] + [None] * 13
         assert found.num_prefix == 7
         assert sum(s.stats().hits for s in shards.stores.values()) == 7
+        await shards.assert_no_leases()
+
+
+async def test_leases_of_an_empty_prefix_are_released() -> None:
+    blocks = chain(20)
+    async with mesh(3) as shards:
+        client = shards.client()
+        await client.put(blocks[1:], shards.addresses)
+        assert (await client.fetch(keys_of(blocks), shards.addresses)).num_prefix == 0
+        await shards.assert_no_leases()
+
+
+async def test_a_stream_that_breaks_off_is_continued_at_the_other_replica() -> None:
+    blocks = chain(12)
+    async with mesh(1) as shards:
+        await shards.add_shard(1 << 20, BreakingShard)
+        client = shards.client(replicas=2)
+        await client.put(blocks, shards.addresses)
+        found = await client.fetch(keys_of(blocks), shards.addresses)
+        assert found.blocks == [block.data for block in blocks]
+        assert found.failed_shards == (shards.addresses[1],)
+        await shards.assert_no_leases()
+
+
+async def test_a_shard_that_failed_is_not_asked_again() -> None:
+    blocks = chain(12)
+    async with mesh(0) as shards:
+        both = [await shards.add_shard(1 << 20, BreakingShard) for _ in range(2)]
+        client = shards.client(replicas=2)
+        await client.put(blocks, shards.addresses)
+        found = await client.fetch(keys_of(blocks), shards.addresses)
+        assert [shard.gets for shard in both if isinstance(shard, BreakingShard)] == [1, 1]
+        assert sum(block is not None for block in found.blocks) == 2, "what came is kept"
+        assert found.failed_shards == tuple(sorted(shards.addresses))
         await shards.assert_no_leases()
 
 
@@ -228,7 +276,7 @@ async def test_a_stalled_shard_costs_its_deadline_and_no_more() -> None:
         await asyncio.wait_for(stalling.ended.wait(), TIMEOUT)
 
 
-async def test_cancelling_a_fetch_reaches_the_shard() -> None:
+async def test_cancelling_a_fetch_reaches_the_shard(caplog: pytest.LogCaptureFixture) -> None:
     async with mesh(0) as shards:
         stalling, address = await shards.add_stalling()
         client = shards.client(deadlines=Deadlines(lookup_s=60.0))
@@ -237,6 +285,7 @@ async def test_cancelling_a_fetch_reaches_the_shard() -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        assert caplog.text == "", "the shard is not to blame"
         await asyncio.wait_for(stalling.ended.wait(), TIMEOUT)
 
 
