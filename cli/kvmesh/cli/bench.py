@@ -1,0 +1,98 @@
+"""`kvmesh bench`: what the mesh costs, measured here and now."""
+
+import tempfile
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvmesh.cli.options import ConfigFile, Json, command
+from kvmesh.cli.progress import progress_bar
+from kvmesh.cli.render import console, milliseconds, print_json, print_table
+
+if TYPE_CHECKING:
+    from kvmesh.integration.bench_mesh import BenchRow
+
+app = typer.Typer(no_args_is_help=True, help="Measure the mesh.")
+
+Concurrency = Annotated[str, typer.Option(help="Requests in flight, comma-separated.")]
+PromptTokens = Annotated[int, typer.Option(min=1, help="Length of each prompt.")]
+OutputTokens = Annotated[int, typer.Option(min=1, help="Length of each output.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds of each; medians are shown.")]
+
+
+@command
+async def mesh(
+    config: ConfigFile = None,
+    concurrency: Concurrency = "1,4,16,64",
+    prompt_tokens: PromptTokens = 128,
+    output_tokens: OutputTokens = 64,
+    rounds: Rounds = 3,
+    json: Json = False,
+) -> None:
+    """Tokens/s and TTFT through a whole mesh, beside the bare engine, in one run.
+
+    Without --config the mesh has one worker that does both phases, as the bare engine does.
+    """
+    from kvmesh.integration.bench_mesh import BenchPlan, bench_mesh
+    from kvmesh.integration.machine import describe_machine
+    from kvmesh.services.common.config import WorkerConfig, load_config
+
+    loaded = load_config(config)
+    workers = loaded.workers if config else (WorkerConfig(role="both"),)
+    router = loaded.router.model_copy(update={"port": 0})
+    ready = loaded.model_copy(update={"workers": workers, "router": router})
+    plan = replace(
+        BenchPlan(),
+        concurrency=tuple(int(part) for part in concurrency.split(",")),
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        rounds=rounds,
+    )
+    total = len(plan.concurrency) * plan.rounds
+    with (
+        tempfile.TemporaryDirectory(prefix="kvmesh-bench-") as folder,
+        progress_bar("bench", total, hidden=json) as advance,
+    ):
+        rows = await bench_mesh(ready, plan, Path(folder), advance)
+    machine = describe_machine()
+    if json:
+        parts = {"plan": asdict(plan), "rows": [asdict(row) for row in rows]}
+        print_json({"benchmark": "mesh", "machine": machine, "model": ready.model.name, **parts})
+    else:
+        console().print(f"{machine}; {ready.model.name}, codec {ready.model.codec}")
+        _table(rows)
+
+
+def _table(rows: "list[BenchRow]") -> None:
+    columns = (
+        ">in flight", ">mesh tok/s", ">bare tok/s", ">ratio", ">overhead/token",
+        ">mesh TTFT p50", ">p99", ">bare TTFT p50", ">p99",
+    )  # fmt: skip
+    print_table(
+        "",
+        columns,
+        [
+            (
+                row.concurrency,
+                f"{row.mesh.tokens_per_s:.0f}",
+                f"{row.bare.tokens_per_s:.0f}",
+                f"{row.ratio:.2f}",
+                f"{row.overhead_us:.0f} us",
+                milliseconds(row.mesh.ttft_p50_s),
+                milliseconds(row.mesh.ttft_p99_s),
+                milliseconds(row.bare.ttft_p50_s),
+                milliseconds(row.bare.ttft_p99_s),
+            )
+            for row in rows
+        ],
+    )
+
+
+app.command()(mesh)
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `mesh` a command of the group while it is the only one."""
