@@ -1,0 +1,70 @@
+"""Calls the mesh's public service."""
+
+from collections.abc import AsyncIterator
+
+import grpc
+
+from kvmesh.services.common.client import Deadlines, Link
+from kvmesh.services.common.errors import from_rpc
+from kvmesh.v1 import inference_pb2 as pb
+from kvmesh.v1 import inference_pb2_grpc
+
+
+class InferenceClient:
+    """Does not own `link`. Every call raises the MeshError that the router answered with."""
+
+    def __init__(self, link: Link, deadlines: Deadlines | None = None) -> None:
+        self._link = link
+        self._deadlines = deadlines or Deadlines()
+        self._stub = inference_pb2_grpc.InferenceStub(link.channel)
+
+    async def generate(
+        self, request: pb.GenerateRequest, timeout_s: float | None = None
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        """Streams the answer; closing the iterator cancels the request in the whole mesh.
+
+        Without `timeout_s` the router's own limit holds.
+        """
+        call = self._stub.Generate(request, timeout=timeout_s, metadata=self._link.metadata())
+        try:
+            async for response in call:
+                yield response
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error, self._link.address) from error
+        finally:
+            call.cancel()
+
+    async def route(self, request: pb.GenerateRequest) -> pb.RouteResponse:
+        """Where the request would run, and why, without running it."""
+        try:
+            reply: pb.RouteResponse = await self._stub.Route(
+                pb.RouteRequest(request=request),
+                timeout=self._deadlines.encode_s,
+                metadata=self._link.metadata(),
+            )
+            return reply
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error, self._link.address) from error
+
+    async def list_models(self) -> pb.ListModelsResponse:
+        try:
+            reply: pb.ListModelsResponse = await self._stub.ListModels(
+                pb.ListModelsRequest(),
+                timeout=self._deadlines.status_s,
+                metadata=self._link.metadata(),
+            )
+            return reply
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error, self._link.address) from error
+
+    async def status(self) -> pb.MeshStatusResponse:
+        """The members of the mesh with their load."""
+        try:
+            reply: pb.MeshStatusResponse = await self._stub.MeshStatus(
+                pb.MeshStatusRequest(),
+                timeout=self._deadlines.status_s,
+                metadata=self._link.metadata(),
+            )
+            return reply
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error, self._link.address) from error

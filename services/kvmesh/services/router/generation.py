@@ -1,0 +1,348 @@
+"""The life of one Generate: prompt to tokens, a place to run, text, moves, exactly one end.
+
+Workers' answers and text come as callbacks in the event loop; they are noted at once, and what the
+caller has to hear goes through one queue.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+from opentelemetry.context import Context
+
+from kvmesh.services.common.config import RouterConfig
+from kvmesh.services.common.errors import (
+    Expired,
+    MeshError,
+    Overloaded,
+    Unavailable,
+    from_status,
+)
+from kvmesh.services.common.telemetry import Telemetry
+from kvmesh.services.router.admission import Admission
+from kvmesh.services.router.core import Decision, RouterCore
+from kvmesh.services.router.cost import Candidate
+from kvmesh.services.router.fleet import Fleet
+from kvmesh.services.router.leg import Leg, LegEnd
+from kvmesh.services.router.prepare import Prepared, check_request, prepare, text_prompt
+from kvmesh.services.router.request_spans import RequestSpans
+from kvmesh.services.router.tokens import Speech, Text
+from kvmesh.v1 import common_pb2, inference_pb2, worker_pb2
+
+WORKER_WAIT_S = 30.0  # for a worker to come back, when a running request has lost its last one
+
+_RETRY_ELSEWHERE = (Unavailable, Overloaded)
+
+
+@dataclass(slots=True)
+class RouterParts:
+    """What every request works with. clock: monotonic seconds."""
+
+    config: RouterConfig
+    core: RouterCore
+    admission: Admission
+    fleet: Fleet
+    telemetry: Telemetry
+    clock: Callable[[], float] = time.monotonic
+    draining: bool = False
+    migrations: int = 0
+    idle: asyncio.Event = field(default_factory=asyncio.Event)  # no request is left, in a drain
+
+
+async def prepare_request(
+    parts: RouterParts, request: inference_pb2.GenerateRequest, timeout_s: float
+) -> Prepared:
+    """Raises the MeshError that the caller is to see."""
+    model = check_request(request, parts.fleet.membership.model)
+    text = text_prompt(request)
+    if text is None:
+        prompt = list(request.tokens.ids)
+    else:
+        try:
+            async with asyncio.timeout(timeout_s):
+                prompt = await parts.fleet.tokenizers.encode(text)
+        except TimeoutError as error:
+            raise Expired(f"no token ids of the prompt within {timeout_s:.3f} s") from error
+    return prepare(request, model, prompt, parts.fleet.max_context())
+
+
+class Generation:
+    """One request from arrival to its end. `run` is called once."""
+
+    def __init__(
+        self,
+        parts: RouterParts,
+        request: inference_pb2.GenerateRequest,
+        timeout_s: float,
+        parent: Context,
+    ) -> None:
+        self._parts = parts
+        self._request = request
+        self._arrived = parts.clock()
+        self._deadline = self._arrived + timeout_s
+        self._spans = RequestSpans(parts.telemetry, request, parent)
+        self._inbox: asyncio.Queue[Text | LegEnd | MeshError] = asyncio.Queue()
+        self._prepared: Prepared | None = None
+        self._output: list[int] = []
+        self._logprobs: list[common_pb2.TokenLogprob] = []
+        self._speech: Speech | None = None
+        self._leg: Leg | None = None
+        self._decode_worker = ""
+        self._finish = common_pb2.FINISH_REASON_UNSPECIFIED
+        self._usage = inference_pb2.Usage()
+        self._reported = 0  # output tokens that the caller has been told of
+        self._responses = 0
+        self._excluded: frozenset[str] = frozenset()
+
+    async def run(self) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        """Ends after one response with finish_reason, or raises a MeshError; never both."""
+        parts = self._parts
+        ticket = self._spans.trace_id
+        timer = asyncio.get_running_loop().call_later(
+            self._deadline - self._arrived, self._inbox.put_nowait, self._expired()
+        )
+        finished = False
+        try:
+            if parts.draining:
+                raise Unavailable("this router drains; send the request elsewhere")
+            parts.admission.enter(ticket, self._arrived)
+            prepared = await self._prepare()
+            self._begin(prepared)
+            async for response in self._respond(prepared):
+                finished = bool(response.finish_reason)
+                yield response
+        except MeshError as error:
+            self._spans.failed(error)
+            raise
+        finally:
+            timer.cancel()
+            parts.admission.leave(ticket, parts.clock(), finished)
+            self._release()
+            self._spans.end(self._usage, self._finish)
+            if parts.draining and not parts.admission.active:
+                parts.idle.set()
+
+    def on_update(self, leg: Leg, update: worker_pb2.TokenUpdate) -> None:
+        """New tokens of the present leg, or its end."""
+        if leg is not self._leg or self._speech is None:
+            return
+        if update.token_ids:
+            if not leg.answered:
+                self._first_of(leg, update)
+            self._output.extend(update.token_ids)
+            self._logprobs.extend(update.logprobs)
+        reason = update.finish_reason
+        if reason in (common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH):
+            self._finish = reason
+            self._speech.ending = True
+        elif reason:
+            self._inbox.put_nowait(LegEnd(leg, reason, _error_of(update)))
+        if update.token_ids or self._speech.ending:
+            self._usage.duration_s = self._parts.clock() - self._arrived
+            self._parts.fleet.tokenizers.say(self._speech)
+
+    def on_lost(self, leg: Leg) -> None:
+        """The stream of the leg's worker broke."""
+        if leg is self._leg and not self._finish:
+            lost = Unavailable(f"{leg.worker} went away")
+            self._inbox.put_nowait(LegEnd(leg, common_pb2.FINISH_REASON_UNSPECIFIED, lost))
+
+    def _expired(self) -> Expired:
+        seconds = self._deadline - self._arrived
+        return Expired(f"the request did not end within its {seconds:.3f} s")
+
+    async def _prepare(self) -> Prepared:
+        with self._spans.tokenize() as span:
+            prepared = await prepare_request(self._parts, self._request, self._left_s())
+            span.set_attribute("kvmesh.tokens", len(prepared.prompt))
+        self._spans.prepared(prepared)
+        return prepared
+
+    def _begin(self, prepared: Prepared) -> None:
+        """Raises Overloaded or Unavailable if no worker can take it now."""
+        self._prepared = prepared
+        self._usage.prompt_tokens = len(prepared.prompt)
+        self._usage.seed = prepared.sampling.seed
+        decision = self._choose(prepared, handover=True)
+        if decision.chosen is None:
+            raise Unavailable(decision.reason)
+        self._parts.admission.check_wait(decision.chosen.queue_s)
+        self._speech = Speech(
+            prepared.wire_id, prepared.settings, self._output, self._inbox.put_nowait
+        )
+        self._start(prepared, decision.chosen)
+
+    async def _respond(self, prepared: Prepared) -> AsyncIterator[inference_pb2.GenerateResponse]:
+        while True:
+            event = await self._inbox.get()
+            if isinstance(event, Text):
+                response = self._said(prepared, event)
+                if response.finish_reason:
+                    yield response
+                    return
+                if response.text or response.token_ids or response.logprobs:
+                    yield response
+            elif isinstance(event, LegEnd):
+                if event.leg is self._leg:
+                    await self._move(prepared, event)
+            else:
+                raise event
+
+    def _said(self, prepared: Prepared, event: Text) -> inference_pb2.GenerateResponse:
+        if event.error is not None:
+            raise event.error
+        # A tokenizer that repeats after a restart counts from the first id again.
+        upto = max(self._reported, event.num_tokens)
+        response = inference_pb2.GenerateResponse(text=event.text)
+        if self._request.echo_token_ids:
+            response.token_ids.extend(self._output[self._reported : upto])
+        if self._logprobs:
+            response.logprobs.extend(self._logprobs[self._reported : upto])
+        self._reported = upto
+        if event.final:
+            self._finish = common_pb2.FINISH_REASON_STOP if event.stopped else self._finish
+            response.finish_reason = self._finish
+            self._usage.completion_tokens = upto
+            response.usage.CopyFrom(self._usage)
+        self._spans.texts += 1
+        if event.final or not self._responses:
+            response.request_id = prepared.request_id
+            response.trace_id = self._spans.trace_id
+        if response.text or response.token_ids or event.final:
+            self._responses += 1
+        return response
+
+    async def _move(self, prepared: Prepared, end: LegEnd) -> None:
+        """The present leg is over and the request is not: where it goes on."""
+        leg = end.leg
+        leg.release()
+        if end.reason == common_pb2.FINISH_REASON_HANDOVER:
+            self._spans.handed_over(leg.worker, self._decode_worker)
+            worker = self._parts.fleet.workers.get(leg.worker)
+            tail = worker.member.address if worker is not None else ""
+            await self._go_on(prepared, self._decode_worker, tail)
+            return
+        lost = end.error or Unavailable(f"{leg.worker} ended the request unasked")
+        if end.reason == common_pb2.FINISH_REASON_ERROR and not leg.prefill_only:
+            if not isinstance(lost, _RETRY_ELSEWHERE):
+                raise lost
+            self._excluded |= {leg.worker}
+            if isinstance(lost, Overloaded) and not self._others(prepared):
+                raise lost
+        if end.reason != common_pb2.FINISH_REASON_ERROR:
+            self._count_migration(leg, lost)
+        # What a prefill worker could not do, the decode worker does.
+        await self._go_on(prepared, self._decode_worker if leg.prefill_only else "", "", lost)
+
+    def _count_migration(self, leg: Leg, lost: MeshError) -> None:
+        limit = self._parts.config.max_migrations
+        if self._usage.migrations >= limit:
+            raise Unavailable(f"{lost}, after {limit} migrations (max_migrations)")
+        self._usage.migrations += 1
+        self._parts.migrations += 1
+
+    def _others(self, prepared: Prepared) -> bool:
+        return self._choose(prepared, handover=False).chosen is not None
+
+    async def _go_on(
+        self, prepared: Prepared, wanted: str, tail: str, why: MeshError | None = None
+    ) -> None:
+        """Submits prompt and output so far to `wanted`, or to another worker."""
+        state = self._parts.core.workers.get(wanted)
+        if state is not None and state.connected and wanted not in self._excluded:
+            self._send(prepared, wanted, tail_address=tail)
+            return
+        with self._spans.migrate(why):
+            chosen = await self._wait_for_worker(prepared)
+        self._send(prepared, chosen.decode_worker, uncached=chosen.prompt.uncached)
+
+    async def _wait_for_worker(self, prepared: Prepared) -> Candidate:
+        limit_s = min(WORKER_WAIT_S, self._left_s())
+        try:
+            async with asyncio.timeout(limit_s):
+                while True:
+                    decision = self._choose(prepared, handover=False)
+                    if decision.chosen is not None:
+                        return decision.chosen
+                    self._excluded = frozenset()
+                    await self._parts.fleet.wait_changed()
+        except TimeoutError as error:
+            raise Unavailable(
+                f"no worker came back within {limit_s:.1f} s: {decision.reason}"
+            ) from error
+
+    def _choose(self, prepared: Prepared, handover: bool) -> Decision:
+        with self._spans.route() as span:
+            query = prepared.query(self._output, handover, self._excluded)
+            now = self._parts.clock()
+            decision = self._parts.core.choose(query, now)
+            if decision.chosen is not None:
+                self._parts.core.expect(query, decision.chosen, now)
+            self._spans.decided(span, decision)
+        return decision
+
+    def _start(self, prepared: Prepared, chosen: Candidate) -> None:
+        self._decode_worker = chosen.decode_worker
+        uncached = chosen.prompt.uncached
+        if chosen.prefill_worker:
+            self._usage.prefill_worker = chosen.prefill_worker
+            self._send(prepared, chosen.prefill_worker, True, uncached=uncached)
+        else:
+            self._send(prepared, chosen.decode_worker, uncached=uncached)
+
+    def _send(
+        self,
+        prepared: Prepared,
+        worker: str,
+        prefill_only: bool = False,
+        tail_address: str = "",
+        uncached: int = 0,
+    ) -> None:
+        submit = worker_pb2.Submit(
+            request_id=prepared.wire_id,
+            token_ids=prepared.prompt,
+            num_prompt_tokens=len(prepared.prompt),
+            sampling=prepared.sampling,
+            cache_salt=prepared.salt,
+            prefill_only=prefill_only,
+            tail_address=tail_address,
+            trace=self._spans.context,
+            deadline_ms=max(1, round(self._left_s() * 1000)),
+            shard_addresses=self._parts.fleet.shard_addresses(),
+        )
+        submit.token_ids.extend(self._output)
+        if not prefill_only:
+            self._usage.decode_worker = worker
+        link = self._parts.fleet.workers[worker]
+        self._leg = Leg(self, link, self._parts.core.workers, prefill_only)
+        self._leg.begin(submit, uncached)
+
+    def _first_of(self, leg: Leg, update: worker_pb2.TokenUpdate) -> None:
+        """The first token of a leg; of the first leg, the caller's first token."""
+        leg.first_token()
+        self._spans.first_token()
+        if not self._output:
+            self._usage.ttft_s = self._parts.clock() - self._arrived
+            self._usage.cached_tokens = min(update.cached_tokens, len(self._prompt()))
+
+    def _prompt(self) -> list[int]:
+        return self._prepared.prompt if self._prepared is not None else []
+
+    def _left_s(self) -> float:
+        return max(0.001, self._deadline - self._parts.clock())
+
+    def _release(self) -> None:
+        """Every worker and tokenizer that still works for this request hears that it is over."""
+        if self._leg is not None:
+            self._leg.release()
+            self._leg = None
+        if self._speech is not None:
+            self._parts.fleet.tokenizers.release(self._speech)
+
+
+def _error_of(update: worker_pb2.TokenUpdate) -> MeshError | None:
+    if not update.HasField("error"):
+        return None
+    error = update.error
+    return from_status(error.code, error.message, error.retry_after_ms)
