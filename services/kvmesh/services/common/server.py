@@ -127,10 +127,12 @@ async def serve(
     security: Security,
     on_ready: Callable[[Sequence[str]], None],
     stop: asyncio.Event | None = None,
+    on_bound: Callable[[Sequence[str]], None] | None = None,
 ) -> None:
     """Runs `service` until SIGTERM, SIGINT or `stop`; then drains. Raises what its start raised.
 
-    on_ready gets the bound addresses once the service has started and health says SERVING.
+    on_ready gets the bound addresses once the service has started and health says SERVING;
+    on_bound gets them as soon as they are known, for those that the service waits for.
     """
     stop = stop or asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -140,6 +142,8 @@ async def serve(
     service.register([bound.server for bound in servers])
     try:
         addresses = [await bound.bind() for bound in servers]
+        if on_bound is not None:
+            on_bound(addresses)
         if await _unless_stopped(service.start(addresses), stop):
             await _each(servers, lambda bound: bound.set_serving(True))
             on_ready(addresses)

@@ -1,0 +1,196 @@
+"""`kvmesh demo`: a whole mesh on this machine for one minute, and what it is good for.
+
+A document hides some facts; two questions are asked about it. The answers cannot be guessed, and
+the second question finds the document in the cache.
+"""
+
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvmesh.cli.errors import FAILED
+from kvmesh.cli.generate import Answer, stream, tokens_per_s
+from kvmesh.cli.options import Json, command
+from kvmesh.cli.render import console, milliseconds, print_json, print_table
+from kvmesh.cli.trace import print_waterfall
+from kvmesh.cli.up import show_progress
+
+if TYPE_CHECKING:
+    from kvmesh.services.router.client import InferenceClient
+
+    from kvmesh.integration.traces import Row
+    from kvmesh.v1 import inference_pb2
+
+NUM_FACTS = 4
+READY_S = 180.0
+
+Tokens = Annotated[int, typer.Option(min=256, max=4096, help="Length of the document.")]
+Seed = Annotated[int, typer.Option(min=0, max=(1 << 40) - 1, help="Another document.")]
+# A seed of the evaluation, so the model never saw this document in training.
+DEMO_SEED = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt about the document, and the only right answer."""
+
+    prompt: str
+    question: str
+    expected: str
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One question as it was answered. Seconds are measured by the router."""
+
+    question: str
+    expected: str
+    answer: str
+    right: bool
+    prompt_tokens: int
+    cached_tokens: int
+    ttft_s: float
+    tokens_per_s: float
+    trace_id: str
+
+
+@command
+async def demo(tokens: Tokens = 1024, seed: Seed = DEMO_SEED, json: Json = False) -> None:
+    """Start a mesh, ask it two questions about a document, and show where the time went."""
+    from kvmesh.integration.launch_state import spans_dir
+    from kvmesh.integration.traces import find_trace, load_spans, waterfall
+    from kvmesh.services.common.config import MeshConfig, RouterConfig
+
+    config = MeshConfig(router=RouterConfig(port=0))
+    questions = make_questions(seed, tokens, token_counter(config.model))
+    with tempfile.TemporaryDirectory(prefix="kvmesh-demo-") as folder:
+        turns = await _in_mesh(config, Path(folder), questions, json)
+        # Read when the members have ended, and so have written their last spans.
+        rows = waterfall(find_trace(load_spans(spans_dir(Path(folder))), turns[0].trace_id))
+    hit = turns[1].cached_tokens * 2 >= turns[1].prompt_tokens
+    ok = hit and all(turn.right for turn in turns)
+    if json:
+        spans = [asdict(row) for row in rows]
+        print_json({"ok": ok, "turns": [asdict(turn) for turn in turns], "trace": spans})
+    else:
+        _summary(turns, rows, hit)
+    if not ok:
+        raise typer.Exit(FAILED)
+
+
+async def _in_mesh(
+    config: Any, run_dir: Path, questions: list[Question], quiet: bool
+) -> list[Turn]:
+    from kvmesh.services.router.client import InferenceClient
+
+    from kvmesh.integration.launch import running_mesh
+    from kvmesh.services.common.client import Link
+
+    async with running_mesh(config, run_dir) as mesh:
+        async with show_progress(mesh):
+            await mesh.wait_ready(READY_S)
+        async with Link(mesh.public_address, mesh.security) as link:
+            client = InferenceClient(link)
+            if not quiet:
+                console().print(
+                    f"[bold]{len(mesh.pids)} processes[/bold] serve "
+                    f"{config.model.name} at {mesh.public_address}\n"
+                )
+            return [await _ask(client, question, quiet) for question in questions]
+
+
+async def _ask(client: "InferenceClient", question: Question, quiet: bool) -> Turn:
+    if not quiet:
+        console().print(f"[bold]{question.question}[/bold]")
+    answer = await stream(client, _request(question.prompt), None if quiet else sys.stdout)
+    turn = _turn(question, answer)
+    if not quiet:
+        mark = "[green]right[/green]" if turn.right else "[red]wrong[/red]"
+        console().print(f"\n{mark}, expected: {turn.expected}\n")
+    return turn
+
+
+def _request(prompt: str) -> "inference_pb2.GenerateRequest":
+    from kvmesh.v1 import inference_pb2
+
+    request = inference_pb2.GenerateRequest()
+    request.chat.messages.add(role="user", content=prompt)
+    request.sampling.max_tokens = 32
+    return request
+
+
+def _turn(question: Question, answer: Answer) -> Turn:
+    usage = answer.usage
+    return Turn(
+        question=question.question,
+        expected=question.expected,
+        answer=answer.text,
+        right=answer.text.strip() == question.expected,
+        prompt_tokens=usage.prompt_tokens if usage else 0,
+        cached_tokens=usage.cached_tokens if usage else 0,
+        ttft_s=usage.ttft_s if usage else 0.0,
+        tokens_per_s=tokens_per_s(usage) if usage else 0.0,
+        trace_id=answer.trace_id,
+    )
+
+
+def _summary(turns: list[Turn], rows: "list[Row]", hit: bool) -> None:
+    print_table(
+        "",
+        ("question", ">prompt tokens", ">cached", ">TTFT", ">tokens/s", "answer"),
+        [
+            (
+                ("first", "second")[index],
+                turn.prompt_tokens,
+                turn.cached_tokens,
+                milliseconds(turn.ttft_s),
+                f"{turn.tokens_per_s:.1f}",
+                "right" if turn.right else "wrong",
+            )
+            for index, turn in enumerate(turns)
+        ],
+    )
+    out = console()
+    if not hit:
+        out.print("\n[red]the second question did not find the document in the cache[/red]")
+    out.print("\nwhere the first one's time went:")
+    print_waterfall(rows)
+
+
+def make_questions(
+    seed: int, num_tokens: int, count_tokens: Callable[[str], int]
+) -> list[Question]:
+    """Two questions about one document of about `num_tokens`; the same for the same arguments."""
+    import random
+
+    from kvmesh.integration import needle
+
+    rng = random.Random(f"demo/{seed}")
+    facts = needle.make_facts(rng, NUM_FACTS)
+    sentences = [needle.fact_sentence(rng, fact) for fact in facts]
+    filler: list[str] = []
+    total = count_tokens(" ".join(sentences))
+    while total < num_tokens:
+        filler.append(needle.filler_sentence(rng))
+        total += count_tokens(" " + filler[-1])
+    document = needle.scatter(rng, filler, sentences)
+    questions = ((fact, needle.question_for(rng, fact)) for fact in rng.sample(facts, 2))
+    return [
+        Question(needle.join_prompt(document, question), question, fact.value)
+        for fact, question in questions
+    ]
+
+
+def token_counter(model: Any) -> Callable[[str], int]:
+    """Counts tokens with the model's own tokenizer."""
+    from tokenizers import Tokenizer
+
+    from kvmesh.services.common.checkpoint import checkpoint_path
+
+    tokenizer = Tokenizer.from_file(str(checkpoint_path(model) / "tokenizer.json"))
+    return lambda text: len(tokenizer.encode(text).ids)

@@ -1,0 +1,56 @@
+"""The `kvmesh` command. Wiring only: each group has its own file, loaded libraries come later."""
+
+from typing import Annotated
+
+import typer
+
+from kvmesh.cli import bench, evaluate, kv, trace
+from kvmesh.cli.chat import chat
+from kvmesh.cli.demo import demo
+from kvmesh.cli.doctor import doctor
+from kvmesh.cli.generate import generate
+from kvmesh.cli.route import route
+from kvmesh.cli.serve import serve
+from kvmesh.cli.status import models, status
+from kvmesh.cli.up import down, up
+
+app = typer.Typer(
+    name="kvmesh",
+    no_args_is_help=True,
+    help="Serve language models as a mesh of gRPC services around one compressed KV block.",
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(version("kvmesh"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+for command in (up, down, status, generate, chat, route, models, doctor, demo):
+    app.command()(command)
+app.command(hidden=True)(serve)
+app.add_typer(kv.app, name="kv")
+app.add_typer(trace.app, name="trace")
+app.add_typer(bench.app, name="bench")
+app.add_typer(evaluate.app, name="eval")
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()
