@@ -1,0 +1,142 @@
+"""Who uses which block of the pool, and which sealed blocks can be used again. Pure.
+
+A block is free, in use (referenced by sequences), or cached: sealed, known by its key, and
+referenced by none. Cached blocks are found again by their keys until their room is needed; the
+one released longest ago goes first, and of one sequence the deepest, which is of no use once a
+block before it is gone.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class CacheEvents:
+    """Keys that came and went, without those that did both."""
+
+    stored: tuple[bytes, ...]
+    removed: tuple[bytes, ...]
+
+
+class BlockCache:
+    """Ids 0..num_blocks-1 with reference counts and the keys of sealed ones."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._references = [0] * num_blocks
+        self._key_of: dict[int, bytes] = {}
+        self._id_of: dict[bytes, int] = {}
+        self._unused: OrderedDict[int, None] = OrderedDict()  # cached, the next to evict first
+        self._changes: dict[bytes, bool] = {}  # key -> whether it was held at the last drain
+
+    @property
+    def available(self) -> int:
+        """Blocks that `allocate` can give: free or evictable."""
+        return len(self._free) + len(self._unused)
+
+    @property
+    def num_references(self) -> int:
+        """Sum over all blocks."""
+        return sum(self._references)
+
+    def match(self, keys: Sequence[bytes]) -> list[int]:
+        """The blocks of the longest prefix of `keys` that is held. References nothing."""
+        ids: list[int] = []
+        for key in keys:
+            block = self._id_of.get(key)
+            if block is None:
+                break
+            ids.append(block)
+        return ids
+
+    def can_allocate(self, count: int, keeping: Sequence[int] = ()) -> bool:
+        """Whether `count` blocks are available besides the cached ones in `keeping`."""
+        kept = sum(1 for block in keeping if block in self._unused)
+        return count <= self.available - kept
+
+    def acquire(self, ids: Sequence[int]) -> None:
+        """One more reference to each; cached ones can then no longer be evicted."""
+        for block in ids:
+            self._unused.pop(block, None)
+            self._references[block] += 1
+
+    def allocate(self, count: int) -> list[int]:
+        """New blocks with one reference each, evicting if it must.
+
+        Raises ValueError if there are not enough; ask `can_allocate` first.
+        """
+        if count > self.available:
+            raise ValueError(f"{count} blocks wanted, {self.available} available")
+        ids = []
+        for _ in range(count):
+            if not self._free:
+                evicted, _ = self._unused.popitem(last=False)
+                self._forget_key(evicted)
+                self._free.append(evicted)
+            block = self._free.pop()
+            self._references[block] = 1
+            ids.append(block)
+        return ids
+
+    def seal(self, block: int, key: bytes) -> None:
+        """Makes a sealed block known. A second block with the same key stays private."""
+        if key not in self._id_of and block not in self._key_of:
+            self._id_of[key] = block
+            self._key_of[block] = key
+            self._note(key, was_held=False)
+
+    def release(self, ids: Sequence[int]) -> None:
+        """One reference less to each; `ids` in the order of their sequence."""
+        for block in reversed(ids):
+            self._references[block] -= 1
+            if self._references[block]:
+                continue
+            if block in self._key_of:
+                self._unused[block] = None
+            else:
+                self._free.append(block)
+
+    def forget(self, block: int) -> None:
+        """Makes a block unknown that does not verify; it is free when nobody refers to it."""
+        if block not in self._key_of:
+            return
+        self._forget_key(block)
+        if block in self._unused:
+            del self._unused[block]
+            self._free.append(block)
+
+    def keys(self) -> tuple[bytes, ...]:
+        """All keys held."""
+        return tuple(self._id_of)
+
+    def drain_events(self) -> CacheEvents:
+        """What changed since the last call."""
+        stored: list[bytes] = []
+        removed: list[bytes] = []
+        for key, was_held in self._changes.items():
+            if (key in self._id_of) != was_held:
+                (removed if was_held else stored).append(key)
+        self._changes.clear()
+        return CacheEvents(tuple(stored), tuple(removed))
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError naming what does not fit together."""
+        free, unused = set(self._free), set(self._unused)
+        in_use = {i for i, count in enumerate(self._references) if count > 0}
+        assert len(free) == len(self._free), "a block is free twice"
+        assert not free & unused and not free & in_use and not unused & in_use, "two states at once"
+        assert len(free) + len(unused) + len(in_use) == self.num_blocks, "a block is lost"
+        assert min(self._references, default=0) >= 0, "a block was released too often"
+        assert unused <= self._key_of.keys(), "a cached block has no key"
+        assert not free & self._key_of.keys(), "a free block has a key"
+        assert self._id_of == {key: i for i, key in self._key_of.items()}, "keys and ids differ"
+
+    def _forget_key(self, block: int) -> None:
+        key = self._key_of.pop(block)
+        del self._id_of[key]
+        self._note(key, was_held=True)
+
+    def _note(self, key: bytes, was_held: bool) -> None:
+        self._changes.setdefault(key, was_held)

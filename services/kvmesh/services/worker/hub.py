@@ -1,0 +1,270 @@
+"""Between routers' streams and the engine, in the event loop's thread.
+
+Knows each request from its Submit to its one last update, and who has to be told what.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+from dataclasses import dataclass
+
+from opentelemetry import trace
+from opentelemetry.trace import Status, StatusCode
+
+from kvmesh.backends.base import Model
+from kvmesh.services.common import names
+from kvmesh.services.common.errors import InvalidRequest, MeshError, Unavailable
+from kvmesh.services.common.telemetry import Telemetry, context_of, extract, inject
+from kvmesh.services.worker.engine import Engine, Exported, FetchWish, Outcome
+from kvmesh.services.worker.messages import (
+    Receipt,
+    end_update,
+    load_report,
+    to_work,
+    token_update,
+)
+from kvmesh.services.worker.outbox import Outbox
+from kvmesh.services.worker.scheduler import Limits
+from kvmesh.services.worker.sequence import Fetched, Finish, Sequence, Tail, Update
+from kvmesh.services.worker.spans import RequestSpans
+from kvmesh.services.worker.tails import KeptTails
+from kvmesh.services.worker.transfer import Transfer
+from kvmesh.v1 import worker_pb2
+
+logger = logging.getLogger(__name__)
+
+PROBE_ID = "probe"
+PROBE_S = 120.0  # a first step may compile kernels
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request that has not ended.
+
+    prefilled: its sequence, once that ended as a hand-over that is still to be completed.
+    task: fetches for it, or completes its hand-over.
+    """
+
+    ticket: int
+    request_id: str
+    session: "Session"
+    span: trace.Span
+    prefilled: Sequence | None = None
+    task: asyncio.Task[None] | None = None
+
+
+class Session:
+    """One router's stream: what it is to be told, and its requests that have not ended."""
+
+    def __init__(self, outbox: Outbox) -> None:
+        self.outbox = outbox
+        self.requests: dict[str, Request] = {}
+
+
+class Hub:
+    """All methods run in the event loop that `start` was called in. Owns the engine."""
+
+    def __init__(
+        self, model: Model, limits: Limits, transfer: Transfer, telemetry: Telemetry,
+        incarnation: int,
+    ) -> None:  # fmt: skip
+        self.spec = model.spec
+        self.limits = limits
+        self.engine = Engine(model, limits, self._from_engine, time.monotonic)
+        self.draining = False
+        self._tails = KeptTails()
+        self._transfer = transfer
+        self._telemetry = telemetry
+        self._spans = RequestSpans(telemetry)
+        self._incarnation = incarnation
+        self._tickets = itertools.count(1)
+        self._sessions: set[Session] = set()
+        self._requests: dict[int, Request] = {}
+        self._held: dict[bytes, None] = {}  # keys of the pool's known blocks
+        self._load = self.engine.idle_load()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.engine.start()
+
+    async def probe(self) -> None:
+        """Really generates one token. Raises the MeshError that prevented it."""
+        session = Session(Outbox(self._incarnation, []))
+        spec = self.spec
+        token = spec.bos_token_id if spec.bos_token_id is not None else 0
+        submit = worker_pb2.Submit(request_id=PROBE_ID, token_ids=[token], num_prompt_tokens=1)
+        submit.sampling.max_tokens = 1
+        self.submit(session, submit)
+        tokens = 0
+        async with asyncio.timeout(PROBE_S):
+            while True:
+                message = await session.outbox.next()
+                for update in message.updates if message is not None else ():
+                    tokens += len(update.token_ids)
+                    if update.HasField("error"):
+                        raise MeshError(f"the probe token failed: {update.error.message}")
+                    if update.finish_reason and tokens:
+                        return
+
+    def open(self) -> Session:
+        """A new stream; everything that happens from now on is in its outbox."""
+        session = Session(Outbox(self._incarnation, list(self._held)))
+        session.outbox.set_load(self.load_report())
+        self._sessions.add(session)
+        return session
+
+    def close_session(self, session: Session) -> None:
+        """Cancels all that still runs for it. Twice is safe."""
+        self._sessions.discard(session)
+        for request in list(session.requests.values()):
+            self._cancel(request)
+
+    def submit(self, session: Session, submit: worker_pb2.Submit) -> None:
+        """Never raises: what is wrong with the request is its last update."""
+        context = submit.trace
+        pairs = (("traceparent", context.traceparent), ("tracestate", context.tracestate))
+        parent = extract([pair for pair in pairs if pair[1]])
+        attributes = {names.REQUEST_ID: submit.request_id}
+        span = self._telemetry.start(names.SPAN_WORKER, parent, attributes)
+        receipt = Receipt(next(self._tickets), time.monotonic(), inject(context_of(span)))
+        try:
+            if self.draining:
+                raise Unavailable("this worker drains; send the request elsewhere")
+            if submit.request_id in session.requests:
+                raise InvalidRequest(f"request {submit.request_id!r} is running already")
+            work = to_work(submit, self.spec, receipt)
+        except MeshError as error:
+            _refused(span, error)
+            session.outbox.add_update(end_update(submit.request_id, Finish.ERROR, error))
+            return
+        request = Request(receipt.ticket, submit.request_id, session, span)
+        self._requests[request.ticket] = session.requests[request.request_id] = request
+        self._idle.clear()
+        self.engine.submit(work)
+
+    def cancel(self, session: Session, request_id: str) -> None:
+        """Ends the request, or drops the tail that is kept of it. Unknown ids are no error."""
+        request = session.requests.get(request_id)
+        if request is not None:
+            self._cancel(request)
+        else:
+            self._tails.drop(request_id)
+
+    def take_tail(self, request_id: str) -> Tail | None:
+        return self._tails.take(request_id, time.monotonic())
+
+    def load_report(self) -> worker_pb2.LoadReport:
+        return load_report(self._load, self.draining)
+
+    async def drain(self) -> None:
+        """Takes no new work; returns when the running work has ended and is stored."""
+        self.draining = True
+        await self._idle.wait()
+        await self._transfer.settle()
+
+    async def close(self) -> None:
+        """Ends the engine and the streams. Twice is safe."""
+        await asyncio.to_thread(self.engine.stop)
+        for request in list(self._requests.values()):
+            error = Unavailable("this worker has stopped")
+            self._end(request, end_update(request.request_id, Finish.ERROR, error))
+            _refused(request.span, error)
+        for session in self._sessions:
+            session.outbox.close()
+
+    def _from_engine(self, outcome: Outcome) -> None:
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+                self._loop.call_soon_threadsafe(self._deliver, outcome)
+
+    def _deliver(self, outcome: Outcome) -> None:
+        self._load = outcome.load
+        for key in outcome.events.removed:
+            self._held.pop(key, None)
+        self._held.update(dict.fromkeys(outcome.events.stored))
+        report = self.load_report() if self._sessions else None
+        for session in self._sessions:
+            session.outbox.add_events(outcome.events)
+            if report is not None:
+                session.outbox.set_load(report)
+        for update in outcome.updates:
+            self._update(update)
+        for ticket, error in outcome.refusals:
+            request = self._requests[ticket]
+            self._end(request, end_update(request.request_id, Finish.ERROR, error))
+            _refused(request.span, error)
+        for wish in outcome.wishes:
+            request = self._requests[wish.work.ticket]
+            request.task = asyncio.create_task(self._fetch(request, wish))
+        for exported in outcome.exports:
+            self._store(exported)
+
+    def _update(self, update: Update) -> None:
+        request = self._requests.get(update.sequence.work.ticket)
+        if request is None:
+            return
+        message = token_update(update)
+        if update.finish is None:
+            request.session.outbox.add_update(message)
+        elif update.finish is Finish.HANDOVER:
+            request.session.outbox.add_update(message)
+            request.prefilled = update.sequence
+        else:
+            self._end(request, message)
+            self._spans.finish(request.span, update.sequence)
+
+    def _store(self, exported: Exported) -> None:
+        stored = self._transfer.put(exported)
+        request = self._requests.get(exported.work.ticket)
+        if exported.handover and request is not None:
+            if exported.tail is not None:
+                self._tails.keep(request.request_id, exported.tail, time.monotonic())
+            request.task = asyncio.create_task(self._hand_over(request, stored))
+
+    async def _hand_over(self, request: Request, stored: asyncio.Task[None] | None) -> None:
+        """The next worker must find the blocks, so it is told only once they are stored."""
+        if stored is not None:
+            await asyncio.wait({stored})
+        self._end_hand_over(request, Finish.HANDOVER)
+
+    def _end_hand_over(self, request: Request, finish: Finish) -> None:
+        self._end(request, end_update(request.request_id, finish))
+        if request.prefilled is not None:
+            self._spans.finish(request.span, request.prefilled)
+
+    async def _fetch(self, request: Request, wish: FetchWish) -> None:
+        fetched = Fetched()
+        try:
+            fetched = await self._transfer.fetch(wish)
+        except Exception:
+            logger.exception("fetching for %s failed; it is computed here", request.request_id)
+        self.engine.fetched(request.ticket, fetched)
+
+    def _cancel(self, request: Request) -> None:
+        if request.prefilled is None:
+            self.engine.cancel(request.ticket)  # its last update comes from there
+            return
+        self._tails.drop(request.request_id)
+        if request.task is not None:
+            request.task.cancel()
+        self._end_hand_over(request, Finish.CANCELLED)
+
+    def _end(self, request: Request, message: worker_pb2.TokenUpdate) -> None:
+        """The one place where a request ends."""
+        del self._requests[request.ticket]
+        del request.session.requests[request.request_id]
+        if request.task is not None and request.task is not asyncio.current_task():
+            request.task.cancel()
+        request.session.outbox.add_update(message)
+        if not self._requests:
+            self._idle.set()
+
+
+def _refused(span: trace.Span, error: MeshError) -> None:
+    span.set_status(Status(StatusCode.ERROR, str(error)))
+    span.end()

@@ -1,0 +1,397 @@
+"""Continuous batching: who runs in the next step, with which tokens, in which blocks. Pure.
+
+Each step takes every decoding sequence with one token, then prompt chunks within the token
+budget. When blocks run out, the youngest running sequence gives its own back and waits at the
+front of the queue; what it had said stands, and it goes on from there with the same tokens.
+"""
+
+from collections import deque
+from dataclasses import dataclass, replace
+
+from kvmesh.kernels.layout import BLOCK_SIZE
+from kvmesh.services.common.errors import Expired, InvalidRequest, MeshError, Overloaded
+from kvmesh.services.worker.adoption import Adoption, PoolPort
+from kvmesh.services.worker.blocks import BlockCache
+from kvmesh.services.worker.sampler import Sampled
+from kvmesh.services.worker.sequence import Fetched, Finish, Sequence, State, Update, Work
+
+ADOPT_BLOCKS = 16  # cached blocks verified or imported per step
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """slots: sequences that run at once. step_tokens: most tokens of one step.
+
+    prefill_chunk: most prompt tokens of a step in which others decode.
+    """
+
+    slots: int
+    num_blocks: int
+    max_context: int
+    max_waiting: int = 256
+    step_tokens: int = 512
+    prefill_chunk: int = 256
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that a sequence may have, prompt and output together."""
+        return min(self.max_context, self.num_blocks * BLOCK_SIZE)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """Tokens [start, start + count) of a sequence; with `want_logits` the next one is chosen."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    want_logits: bool
+
+
+@dataclass(slots=True)
+class Counters:
+    """Since the process started. checksum_failures: blocks and tails that did not verify."""
+
+    preemptions: int = 0
+    checksum_failures: int = 0
+    tokens_generated: int = 0
+    tokens_prefilled: int = 0
+    steps: int = 0
+
+    def copy(self) -> "Counters":
+        return replace(self)
+
+
+class Scheduler:
+    """All sequences of a worker. Not thread-safe; `now` is seconds on one monotonic clock."""
+
+    def __init__(self, limits: Limits, pool: PoolPort) -> None:
+        self.limits = limits
+        self.cache = BlockCache(limits.num_blocks)
+        self.counters = Counters()
+        self._pool = pool
+        self._slots = list(range(min(limits.slots, limits.step_tokens) - 1, -1, -1))
+        self._active: dict[Sequence, None] = {}  # all that have not ended
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []  # oldest first
+        self._leaving: dict[Sequence, None] = {}  # ended; their blocks are still to be exported
+        self._adoptions: dict[Sequence, Adoption] = {}
+        self._updates: list[Update] = []
+        self._arrivals = 0
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._active) - len(self._running)
+
+    @property
+    def pending_prefill_tokens(self) -> int:
+        return sum(s.remaining for s in self._active if s.remaining > 1)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step could do something now; fetching sequences wait for others."""
+        return bool(self._running or self._waiting or self._leaving or self._updates)
+
+    @property
+    def active(self) -> tuple[Sequence, ...]:
+        return tuple(self._active)
+
+    def next_deadline(self) -> float | None:
+        """When `plan` has something to expire."""
+        return min(
+            (s.work.deadline for s in self._active if s.work.deadline is not None), default=None
+        )
+
+    def submit(self, work: Work, now: float) -> Sequence:
+        """A new sequence: WAITING, or FETCHING if `fetched` is to be called for it.
+
+        Raises InvalidRequest if it can never run, Overloaded if the queue is full.
+        """
+        self._check(work)
+        if self.num_waiting >= self.limits.max_waiting:
+            raise Overloaded(
+                f"{self.num_waiting} requests wait here, at most {self.limits.max_waiting} may"
+            )
+        capacity = self.limits.max_tokens
+        if work.settings.max_tokens is not None:
+            capacity = min(capacity, work.num_prompt + work.settings.max_tokens)
+        self._arrivals += 1
+        sequence = Sequence(self._arrivals, work, capacity, now)
+        self._active[sequence] = None
+        if work.tail_address or (work.shards and self.missing(sequence)):
+            sequence.state = State.FETCHING
+        else:
+            self._waiting.append(sequence)
+        return sequence
+
+    def missing(self, sequence: Sequence) -> range:
+        """Indices of the full blocks that are not here and could be fetched."""
+        keys = sequence.usable_keys
+        return range(len(self.cache.match(keys)), len(keys))
+
+    def fetched(self, sequence: Sequence, fetched: Fetched) -> None:
+        """What came for a FETCHING sequence, be it nothing; ignored once it has ended."""
+        if sequence.state is State.FETCHING:
+            sequence.fetched = fetched
+            sequence.state = State.WAITING
+            self._waiting.append(sequence)
+
+    def cancel(self, sequence: Sequence, now: float) -> None:
+        """Ends it as CANCELLED and frees all it holds. Once it has ended: no effect."""
+        self._abort(sequence, Finish.CANCELLED, None, now)
+
+    def fail(self, sequence: Sequence, error: MeshError, now: float) -> None:
+        """Ends it as ERROR and frees all it holds. Once it has ended: no effect."""
+        self._abort(sequence, Finish.ERROR, error, now)
+
+    def plan(self, now: float) -> list[Planned]:
+        """The next step; empty if there is nothing to compute."""
+        self._expire(now)
+        self._admit(now)
+        self._adopt()
+        ready = [s for s in self._running if s not in self._adoptions]
+        planned = []
+        for sequence in ready:
+            decodes = sequence.state is State.RUNNING and sequence.remaining == 1
+            if decodes and self._has_room(sequence):
+                planned.append(Planned(sequence, sequence.computed, 1, True))
+        planned += self._plan_prefill(ready, len(planned))
+        for step in planned:
+            if step.sequence.timeline.first_step is None:
+                step.sequence.timeline.first_step = now
+        return planned
+
+    def apply(self, plan: list[Planned], sampled: list[Sampled | None], now: float) -> None:
+        """Takes the results of a step; `sampled` has one entry per planned `want_logits`."""
+        self.counters.steps += bool(plan)
+        results = iter(sampled)
+        for step in plan:
+            sequence = step.sequence
+            sequence.computed += step.count
+            sequence.steps += 1
+            if step.count > 1 or not sequence.generated:
+                self.counters.tokens_prefilled += step.count
+            for index in range(step.start // BLOCK_SIZE, sequence.computed // BLOCK_SIZE):
+                self.cache.seal(sequence.blocks[index], sequence.key(index))
+                sequence.sealed_here += 1
+            if step.want_logits:
+                self._take(sequence, next(results), now)
+
+    def drain_updates(self) -> list[Update]:
+        """What the sequences' owners must be told, in order."""
+        updates, self._updates = self._updates, []
+        return updates
+
+    def exports(self, budget: int) -> list[tuple[Sequence, int]]:
+        """Up to `budget` (sequence, block index) that shards should get; all of a hand-over.
+
+        The caller exports them before the next `plan`, then calls `settle`.
+        """
+        chosen: list[tuple[Sequence, int]] = []
+        for sequence in (*self._leaving, *self._running):
+            whole = sequence.finish is Finish.HANDOVER
+            stop = self._export_stop(sequence)
+            while sequence.next_export < stop and (whole or len(chosen) < budget):
+                chosen.append((sequence, sequence.next_export))
+                sequence.next_export += 1
+        return chosen
+
+    def handovers(self) -> list[Sequence]:
+        """Ended prefills whose tail is still in its slot; after `settle` it no longer is."""
+        return [s for s in self._leaving if s.finish is Finish.HANDOVER]
+
+    def settle(self, force: bool = False) -> None:
+        """Frees what ended sequences held for exports that are done, or with `force` given up."""
+        for sequence in list(self._leaving):
+            if force:
+                self._leave(sequence)
+            else:
+                self._free_if_exported(sequence)
+
+    def corrupt(self, block: int) -> None:
+        """A sealed block does not verify: nobody may attend to it any more."""
+        self.counters.checksum_failures += 1
+        self.cache.forget(block)
+        for sequence in [s for s in self._running if block in s.blocks]:
+            self._preempt(sequence)
+        for sequence in [s for s in self._leaving if block in s.blocks]:
+            self._leave(sequence)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError naming what does not fit together."""
+        self.cache.check_integrity()
+        holders = [*self._running, *self._leaving]
+        slots = [s.slot for s in holders if s.slot is not None] + self._slots
+        assert len(slots) == len(set(slots)), "a slot is used twice"
+        total = min(self.limits.slots, self.limits.step_tokens)
+        assert len(slots) == total, f"{len(slots)} of {total} slots"
+        held = sum(len(s.blocks) for s in holders)
+        assert self.cache.num_references == held, "references without a holder"
+
+    def _check(self, work: Work) -> None:
+        size = len(work.token_ids)
+        if not 0 < work.num_prompt <= size:
+            raise InvalidRequest(f"num_prompt_tokens is {work.num_prompt}, must be in 1..{size}")
+        if size >= self.limits.max_context:
+            raise InvalidRequest(
+                f"{size} tokens leave no room for output in a context of {self.limits.max_context}"
+            )
+        needed = -(-(size + 1) // BLOCK_SIZE)
+        if needed > self.limits.num_blocks:
+            raise InvalidRequest(
+                f"{size} tokens need {needed} blocks, this worker has {self.limits.num_blocks}"
+            )
+        most = work.settings.max_tokens
+        if most is not None and size - work.num_prompt >= most:
+            raise InvalidRequest(
+                f"{size - work.num_prompt} output tokens are given, max_tokens is {most}"
+            )
+
+    def _expire(self, now: float) -> None:
+        for sequence in list(self._active):
+            deadline = sequence.work.deadline
+            if deadline is not None and now >= deadline:
+                late = Expired(f"{sequence.work.request_id} ran past its deadline")
+                self.fail(sequence, late, now)
+
+    def _admit(self, now: float) -> None:
+        while self._waiting and self._slots:
+            sequence = self._waiting[0]
+            local = self.cache.match(sequence.usable_keys)
+            fresh = sequence.blocks_to_run - len(local)
+            if not self.cache.can_allocate(fresh, keeping=local):
+                return
+            self._waiting.popleft()
+            self.cache.acquire(local)
+            sequence.hold(local + self.cache.allocate(fresh))
+            sequence.slot = self._slots.pop()
+            sequence.state = State.RUNNING
+            self._running.append(sequence)
+            self._running.sort(key=lambda s: s.order)
+            self._adoptions[sequence] = Adoption(len(local), sequence.fetched)
+            if sequence.timeline.admitted is None:
+                sequence.timeline.admitted = now
+
+    def _adopt(self) -> None:
+        budget = ADOPT_BLOCKS
+        for sequence, adoption in list(self._adoptions.items()):
+            if sequence not in self._adoptions:  # pre-empted for a corrupt block meanwhile
+                continue
+            if budget <= 0:
+                return
+            wanted = budget
+            budget -= adoption.advance(sequence, self.cache, self._pool, wanted)
+            if adoption.corrupt is not None:
+                self.corrupt(adoption.corrupt)
+            elif budget > 0:
+                self._adopted(sequence, adoption)
+
+    def _adopted(self, sequence: Sequence, adoption: Adoption) -> None:
+        del self._adoptions[sequence]
+        self.counters.checksum_failures += adoption.rejected
+        sequence.fetched = None
+        if sequence.timeline.first_step is None:
+            sequence.cached_tokens = min(sequence.computed, sequence.work.num_prompt)
+            sequence.next_export = adoption.done
+
+    def _plan_prefill(self, ready: list[Sequence], num_decodes: int) -> list[Planned]:
+        budget = self.limits.step_tokens - num_decodes
+        if num_decodes:
+            budget = min(budget, self.limits.prefill_chunk)
+        planned = []
+        for sequence in ready:
+            if budget > 0 and sequence.state is State.RUNNING and sequence.remaining > 1:
+                count = min(sequence.remaining, budget)
+                budget -= count
+                whole = count == sequence.remaining
+                planned.append(Planned(sequence, sequence.computed, count, whole))
+        return planned
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Makes room for its next token; False if that cost the sequence its own place."""
+        if sequence.computed < len(sequence.blocks) * BLOCK_SIZE:
+            return True
+        while not self.cache.can_allocate(1):
+            dispensable = next((s for s in self._leaving if s.finish is not Finish.HANDOVER), None)
+            if dispensable is not None:
+                self._leave(dispensable)
+                continue
+            youngest = self._running[-1]
+            self.counters.preemptions += 1
+            self._preempt(youngest)
+            if youngest is sequence:
+                return False
+        sequence.hold(self.cache.allocate(1))
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._adoptions.pop(sequence, None)
+        self._free(sequence)
+        sequence.computed = 0
+        sequence.state = State.WAITING
+        self._waiting.appendleft(sequence)
+
+    def _take(self, sequence: Sequence, sampled: Sampled | None, now: float) -> None:
+        if sampled is None:
+            error = MeshError(f"the model's logits for {sequence.work.request_id} are not finite")
+            self.fail(sequence, error, now)
+            return
+        first = sequence.generated == 0
+        finish = sequence.append(sampled.token, self.limits.max_tokens)
+        self.counters.tokens_generated += 1
+        if first:
+            sequence.timeline.first_token = now
+        sequence.timeline.mark(now, sequence.generated)
+        logprobs = (sampled.logprob,) if sampled.logprob is not None else ()
+        self._updates.append(Update(sequence, (sampled.token,), logprobs, first, finish))
+        if finish is not None:
+            self._running.remove(sequence)
+            del self._active[sequence]
+            sequence.end(finish, now)
+            self._leaving[sequence] = None
+            if finish is not Finish.HANDOVER:
+                self._free_if_exported(sequence)
+
+    def _free_if_exported(self, sequence: Sequence) -> None:
+        if sequence.next_export >= self._export_stop(sequence):
+            self._leave(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        del self._leaving[sequence]
+        self._free(sequence)
+
+    def _export_stop(self, sequence: Sequence) -> int:
+        """The index after the last block that may be exported now."""
+        if not sequence.work.shards or not sequence.generated:
+            return 0
+        sealed = sequence.computed // BLOCK_SIZE
+        if sequence.finish is not None:
+            return sealed
+        return min(sealed, sequence.work.num_prompt // BLOCK_SIZE)
+
+    def _abort(
+        self, sequence: Sequence, finish: Finish, error: MeshError | None, now: float
+    ) -> None:
+        if sequence.state is State.FINISHED:
+            return
+        if sequence.state is State.RUNNING:
+            self._running.remove(sequence)
+            self._adoptions.pop(sequence, None)
+            self._free(sequence)
+        elif sequence.state is State.WAITING:
+            self._waiting.remove(sequence)
+        del self._active[sequence]
+        sequence.end(finish, now)
+        self._updates.append(Update(sequence, finish=finish, error=error))
+
+    def _free(self, sequence: Sequence) -> None:
+        self.cache.release(sequence.blocks)
+        sequence.blocks = []
+        if sequence.slot is not None:
+            self._slots.append(sequence.slot)
+            sequence.slot = None

@@ -1,0 +1,156 @@
+"""A worker process: the model, the engine, the RPC service and the membership, in their order."""
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+
+import grpc
+
+from kvmesh.backends.base import Model, ModelOptions
+from kvmesh.backends.registry import open_model
+from kvmesh.services.common.checkpoint import checkpoint_path
+from kvmesh.services.common.client import Deadlines, Link, Links
+from kvmesh.services.common.config import MeshConfig, WorkerConfig
+from kvmesh.services.common.errors import ConfigError
+from kvmesh.services.common.lease import MembershipLease
+from kvmesh.services.common.process import ProcessContext
+from kvmesh.services.common.server import Listener
+from kvmesh.services.worker.hub import Hub
+from kvmesh.services.worker.messages import model_info
+from kvmesh.services.worker.scheduler import Limits
+from kvmesh.services.worker.servicer import WorkerServicer
+from kvmesh.services.worker.transfer import Transfer
+from kvmesh.v1 import mesh_pb2, worker_pb2_grpc
+
+SERVICE_NAME = "kvmesh.v1.Worker"
+PORT_VARIABLE = "KVMESH_PORT"  # a restarted process keeps the port it had
+KIND = "worker"
+
+Opener = Callable[[MeshConfig, WorkerConfig], Model]
+
+
+def worker_config(config: MeshConfig, member_id: str) -> WorkerConfig:
+    """The table of worker-N, which counts over all [[workers]] tables.
+
+    Raises ConfigError if there is no such worker.
+    """
+    tables = [table for table in config.workers for _ in range(table.count)]
+    for number, table in enumerate(tables):
+        if member_id == f"worker-{number}":
+            return table
+    raise ConfigError(
+        f"no worker is named {member_id!r}; this mesh has worker-0 to worker-{len(tables) - 1}"
+    )
+
+
+def open_configured(config: MeshConfig, worker: WorkerConfig) -> Model:
+    """Opens the mesh's model on this worker's device; takes seconds."""
+    options = ModelOptions(
+        codec=config.model.codec,
+        num_blocks=worker.blocks,
+        num_slots=worker.slots,
+        max_step_tokens=worker.step_tokens,
+        threads=worker.threads,
+        spin=worker.spin,
+    )
+    return open_model(worker.backend, checkpoint_path(config.model), options)
+
+
+class WorkerService:
+    """Implements common.server.Service. opener: for models that no backend's name stands for."""
+
+    def __init__(self, context: ProcessContext, opener: Opener = open_configured) -> None:
+        self._context = context
+        self._worker = worker_config(context.config, context.member_id)
+        self._opener = opener
+        self._deadlines = Deadlines()
+        self._links = Links(context.security)
+        self._model: Model | None = None
+        self._transfer: Transfer | None = None
+        self._hub: Hub | None = None
+        self._lease: MembershipLease | None = None
+        self._mesh_link: Link | None = None
+        self._servicer = WorkerServicer(context.member_id, self._worker.role)
+
+    @property
+    def hub(self) -> Hub:
+        """Raises RuntimeError before `start`."""
+        if self._hub is None:
+            raise RuntimeError("the worker has not been started")
+        return self._hub
+
+    @property
+    def listeners(self) -> Sequence[Listener]:
+        port = int(os.environ.get(PORT_VARIABLE, self._worker.port))
+        return (Listener(self._context.config.host, port, (SERVICE_NAME,)),)
+
+    def register(self, listeners: Sequence[grpc.aio.Server]) -> None:
+        (server,) = listeners
+        worker_pb2_grpc.add_WorkerServicer_to_server(self._servicer, server)
+
+    async def start(self, addresses: Sequence[str]) -> None:
+        """Opens the model, generates a probe token, then joins the mesh if there is one."""
+        config, context = self._context.config, self._context
+        model = await asyncio.to_thread(self._opener, config, self._worker)
+        self._model = model
+        self._transfer = Transfer(
+            self._links,
+            self._deadlines,
+            config.kvcache.replicas,
+            model.spec.layout,
+            context.telemetry,
+        )
+        hub = Hub(
+            model, self._limits(model), self._transfer, context.telemetry, context.incarnation
+        )
+        self._hub = hub
+        hub.start()
+        await hub.probe()
+        self._servicer.serve(hub, model.device)
+        self._servicer.probed = True
+        if context.mesh_address:
+            await self._join(model, hub, addresses[0])
+
+    async def drain(self) -> None:
+        if self._lease is not None:
+            await self._lease.drain()
+        await self.hub.drain()
+
+    async def close(self) -> None:
+        if self._lease is not None:
+            await self._lease.close()
+        if self._hub is not None:
+            await self._hub.close()
+        if self._transfer is not None:
+            await self._transfer.close()
+        if self._mesh_link is not None:
+            await self._mesh_link.close()
+        await self._links.close()
+        if self._model is not None:
+            self._model.close()
+
+    def _limits(self, model: Model) -> Limits:
+        worker = self._worker
+        return Limits(
+            slots=min(worker.slots, model.pool.num_slots),
+            num_blocks=model.pool.num_blocks,
+            max_context=model.spec.max_context,
+            max_waiting=worker.max_waiting,
+            step_tokens=worker.step_tokens,
+            prefill_chunk=worker.prefill_chunk,
+        )
+
+    async def _join(self, model: Model, hub: Hub, address: str) -> None:
+        self._mesh_link = Link(self._context.mesh_address, self._context.security)
+        member = mesh_pb2.Member(
+            member_id=self._context.member_id,
+            incarnation=self._context.incarnation,
+            kind=KIND,
+            role=self._worker.role,
+            address=address,
+            model=model_info(model.spec, hub.limits.max_tokens),
+            device=model.device.name,
+            simulated=model.device.simulated,
+        )
+        self._lease = MembershipLease(self._mesh_link, member, self._deadlines)
+        await self._lease.start()

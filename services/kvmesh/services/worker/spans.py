@@ -1,0 +1,54 @@
+"""The trace of one request inside a worker: written once, when it has ended.
+
+Times come from the engine's monotonic clock, shifted to Unix time.
+"""
+
+import time
+
+from opentelemetry import trace
+from opentelemetry.trace import Status, StatusCode
+
+from kvmesh.services.common import names
+from kvmesh.services.common.telemetry import Telemetry, context_of
+from kvmesh.services.worker.sequence import Finish, Sequence
+
+
+class RequestSpans:
+    """Makes the spans of requests. clock_offset_ns: Unix time minus the engine's clock."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self._telemetry = telemetry
+        self._offset_ns = time.time_ns() - time.monotonic_ns()
+
+    def finish(self, span: trace.Span, sequence: Sequence) -> None:
+        """Adds queue, prefill and decode below `span`, and ends it."""
+        times, work = sequence.timeline, sequence.work
+        ended = times.ended if times.ended is not None else times.received
+        first_step = times.first_step if times.first_step is not None else ended
+        self._child(span, names.SPAN_QUEUE, (times.received, first_step)).end(self._ns(first_step))
+        if times.first_step is not None:
+            first_token = times.first_token if times.first_token is not None else ended
+            prefill = self._child(span, names.SPAN_PREFILL, (first_step, first_token))
+            prefill.set_attribute(names.TOKENS, len(work.token_ids) - sequence.cached_tokens)
+            prefill.set_attribute(names.CACHED_TOKENS, sequence.cached_tokens)
+            prefill.set_attribute(names.BLOCKS, sequence.sealed_here)
+            prefill.end(self._ns(first_token))
+        if times.first_token is not None and sequence.generated > 1:
+            decode = self._child(span, names.SPAN_DECODE, (times.first_token, ended))
+            decode.set_attribute(names.STEPS, sequence.steps)
+            decode.set_attribute(names.TOKENS, sequence.generated)
+            for at, count in times.marks:
+                decode.add_event("token", {names.TOKENS: count}, timestamp=self._ns(at))
+            decode.end(self._ns(ended))
+        finish = sequence.finish.name.lower() if sequence.finish is not None else ""
+        span.set_attribute(names.OUTPUT_TOKENS, sequence.generated)
+        span.set_attribute(names.FINISH_REASONS, (finish,))
+        if sequence.finish is Finish.ERROR:
+            span.set_status(Status(StatusCode.ERROR))
+        span.end()
+
+    def _child(self, span: trace.Span, name: str, times: tuple[float, float]) -> trace.Span:
+        return self._telemetry.start(name, context_of(span), start_ns=self._ns(times[0]))
+
+    def _ns(self, at: float) -> int:
+        return int(at * 1e9) + self._offset_ns
