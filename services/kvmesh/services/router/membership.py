@@ -30,7 +30,7 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """What a registration did. replaced: the earlier life, whose work is lost; fresh: a new life."""
+    """What a registration did. fresh: a new life; replaced: the one before it, now over."""
 
     lease: Lease
     fresh: bool

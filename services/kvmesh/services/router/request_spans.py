@@ -1,4 +1,4 @@
-"""The spans of one request at the router. No span per token: text is one span from first to last."""
+"""The spans of one request at the router. No span per token: all text is one span."""
 
 import json
 from collections.abc import Iterator

@@ -30,7 +30,7 @@ class RouterService:
         core = RouterCore(config)
         self._context = context
         self._fleet = Fleet(Membership(config.lease_s), core, context.security, Deadlines())
-        self._parts = RouterParts(
+        self.parts = RouterParts(
             config=config,
             core=core,
             admission=Admission(config.max_active, config.max_waiting_s),
@@ -38,7 +38,7 @@ class RouterService:
             telemetry=context.telemetry,
         )
         own = OwnEntry(context.member_id, "", context.incarnation, time.monotonic())
-        self._inference = InferenceServicer(self._parts, own)
+        self._inference = InferenceServicer(self.parts, own)
         self._expiry: asyncio.Task[None] | None = None
 
     @property
@@ -64,7 +64,7 @@ class RouterService:
     def register(self, listeners: Sequence[grpc.aio.Server]) -> None:
         public, mesh = listeners
         inference_pb2_grpc.add_InferenceServicer_to_server(self._inference, public)
-        mesh_pb2_grpc.add_MeshServicer_to_server(MeshServicer(self._parts), mesh)
+        mesh_pb2_grpc.add_MeshServicer_to_server(MeshServicer(self.parts), mesh)
 
     async def start(self, addresses: Sequence[str]) -> None:
         """Returns when a worker, whose probe token came before it joined, and a tokenizer are in.
@@ -78,9 +78,9 @@ class RouterService:
             await self._fleet.wait_changed()
 
     async def drain(self) -> None:
-        self._parts.draining = True
-        if self._parts.admission.active:
-            await self._parts.idle.wait()
+        self.parts.draining = True
+        if self.parts.admission.active:
+            await self.parts.idle.wait()
 
     async def close(self) -> None:
         if self._expiry is not None:
@@ -92,7 +92,7 @@ class RouterService:
     async def _expire(self) -> None:
         while True:
             await asyncio.sleep(self._context.config.router.lease_s / 8)
-            self._fleet.expire(self._parts.clock())
+            self._fleet.expire(self.parts.clock())
 
 
 def _port(variable: str, configured: int) -> int:
