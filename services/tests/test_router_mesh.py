@@ -282,7 +282,7 @@ async def refusal(
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         async for _ in stub.Generate(request, timeout=10):
             pass
-    trailers = {key: value for key, value in caught.value.trailing_metadata() or ()}
+    trailers = dict(caught.value.trailing_metadata() or ())
     return caught.value.code(), {**trailers, "details": caught.value.details() or ""}
 
 
