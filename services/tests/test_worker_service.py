@@ -52,7 +52,7 @@ async def test_many_requests_at_once_say_what_each_says_alone() -> None:
 
 async def test_a_repeated_prompt_is_served_from_the_pool() -> None:
     model = FakeModel()
-    async with worker(model) as (service, address), attached(address) as router:
+    async with worker(model) as (_, address), attached(address) as router:
         for name in ("a", "b"):
             await router.submit(name, PROMPT)
             await router.end_of(name)
@@ -205,7 +205,7 @@ async def test_hand_over_between_two_workers() -> None:
         assert decode.pool.imported_blocks == 3
         assert decode.pool.imported_tails == 1
         assert second.updates["a"][0].cached_tokens == len(PROMPT)
-        assert [s for s in decode.forwards if s != [(0, 1)]][0] == [(200, 1)]
+        assert next(s for s in decode.forwards if s != [(0, 1)]) == [(200, 1)]
         async with Link(one_address) as link:
             with pytest.raises(NotFound):
                 await WorkerClient(link).fetch_tail("a")
