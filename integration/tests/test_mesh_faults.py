@@ -188,7 +188,7 @@ async def test_bad_input_is_named_and_takes_nothing_down(tmp_path: Path) -> None
                     async for _ in raw(data, timeout=20):
                         pass
                 assert caught.value.code() is code
-            unknown_field = inference_pb2.GenerateRequest(text="hi").SerializeToString()
+            unknown_field = token_request(prompts()[0], GREEDY).SerializeToString()
             unknown_field += b"\xfa\x3f\x03abc"
             answer = [r async for r in raw(unknown_field, timeout=20)]
             assert answer

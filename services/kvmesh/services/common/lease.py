@@ -72,17 +72,20 @@ class MembershipLease:
             await asyncio.sleep(RETRY_S)
 
     async def _keep(self, lease_s: float) -> None:
+        away = False  # said once, not at every attempt
         while True:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), lease_s / 3)
             self._wake.clear()
             try:
                 lease_s = await self._renew()
+                away = False
             except grpc.aio.AioRpcError as error:
                 if error.code() is grpc.StatusCode.NOT_FOUND:
                     lease_s = await self._register()
-                else:
-                    logger.warning("cannot renew the lease: %s", error.details())
+                elif not away:
+                    away = True
+                    logger.warning("cannot renew the lease, and keep trying: %s", error.details())
 
     async def _renew(self) -> float:
         request = mesh_pb2.RenewRequest(
