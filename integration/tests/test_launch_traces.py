@@ -100,12 +100,13 @@ def test_launch_traces_summary_counts_members_and_errors():
     newest, oldest = summarize([*REQUEST, late])
     assert (newest.trace_id, newest.errors) == ("b" * 32, 1)
     assert (oldest.name, oldest.duration_ms, oldest.num_spans) == ("root", 100.0, 6)
-    assert (oldest.members, oldest.errors) == (("router", "worker-1"), 0)
+    assert (oldest.members, oldest.errors, oldest.is_request) == (("router", "worker-1"), 0, True)
 
 
 def test_launch_traces_are_found_by_prefix_and_as_the_last():
     other = span("other", None, 500, 501, trace_id="ab" + "0" * 30)
-    spans = [*REQUEST, other]
+    probe = span("probe", None, 600, 601, trace_id="c" * 32, service="kvmesh-worker")
+    spans = [*REQUEST, other, probe]
     assert find_trace(spans, "last") == [other]
     assert find_trace(spans, "AB") == [other]
     assert len(find_trace(spans, "aa")) == 6
@@ -113,7 +114,7 @@ def test_launch_traces_are_found_by_prefix_and_as_the_last():
         find_trace(spans, "a")
     with pytest.raises(LookupError, match="no trace ff"):
         find_trace(spans, "ff")
-    with pytest.raises(LookupError, match="no trace is stored"):
+    with pytest.raises(LookupError, match="no request is stored"):
         find_trace([], "last")
 
 

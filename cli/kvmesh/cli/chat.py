@@ -1,6 +1,5 @@
 """`kvmesh chat`: a conversation; each turn sends the whole history, which the mesh has cached."""
 
-import asyncio
 import contextlib
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +14,6 @@ from kvmesh.cli.sampling import Sampling
 
 if TYPE_CHECKING:
     from kvmesh.services.router.client import InferenceClient
-
     from kvmesh.v1 import inference_pb2
 
 System = Annotated[str | None, typer.Option(help="A system message before the conversation.")]
@@ -38,7 +36,7 @@ async def chat(
     history = list(first)
     notes = console(stderr=True)
     async with open_client(target) as client:
-        notes.print(HELP, style="dim", markup=False)
+        notes.print(HELP, style="dim", markup=False, soft_wrap=True)
         while (line := await _read_line()) is not None:
             if line == "/exit":
                 break
@@ -56,6 +54,7 @@ async def _turn(
     client: "InferenceClient", request: "inference_pb2.GenerateRequest"
 ) -> list["inference_pb2.ChatMessage"]:
     """Streams the answer; the message to remember it by. Ctrl-C ends the answer only."""
+    import asyncio
     import signal
 
     from kvmesh.cli.errors import report
@@ -75,12 +74,14 @@ async def _turn(
     finally:
         loop.remove_signal_handler(signal.SIGINT)
     sys.stdout.write("\n")
-    console(stderr=True).print(stats_line(answer), style="dim", markup=False)
+    console(stderr=True).print(stats_line(answer), style="dim", markup=False, soft_wrap=True)
     return [inference_pb2.ChatMessage(role="assistant", content=answer.text)]
 
 
 async def _read_line() -> str | None:
     """A line from the terminal or a pipe; None at its end. The connection stays alive meanwhile."""
+    import asyncio
+
     prompt = "> " if sys.stdin.isatty() else ""
     try:
         return (await asyncio.to_thread(input, prompt)).strip()

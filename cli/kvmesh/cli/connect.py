@@ -1,6 +1,5 @@
 """Finds the mesh that a command is about, and opens a client to it."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -11,12 +10,11 @@ from kvmesh.cli.errors import NOT_RUNNING, CommandFailed, not_running
 from kvmesh.cli.options import Target
 
 if TYPE_CHECKING:
-    from kvmesh.services.router.client import InferenceClient
-
     from kvmesh.integration.launch_state import MeshState
     from kvmesh.services.common.client import Link
     from kvmesh.services.common.config import SecurityConfig
     from kvmesh.services.common.security import Security
+    from kvmesh.services.router.client import InferenceClient
 
 CONNECT_S = 3.0
 
@@ -54,6 +52,8 @@ def security_of(files: "SecurityConfig", token: str | None) -> "Security":
 @asynccontextmanager
 async def open_link(target: Target) -> AsyncIterator["Link"]:
     """A channel that is known to reach the mesh. Raises CommandFailed (3) if nothing answers."""
+    import asyncio
+
     from kvmesh.services.common.client import Link
 
     address, security = resolve(target)

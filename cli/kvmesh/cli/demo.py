@@ -5,7 +5,6 @@ the second question finds the document in the cache.
 """
 
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,9 +20,8 @@ from kvmesh.cli.trace import print_waterfall
 from kvmesh.cli.up import show_progress
 
 if TYPE_CHECKING:
-    from kvmesh.services.router.client import InferenceClient
-
     from kvmesh.integration.traces import Row
+    from kvmesh.services.router.client import InferenceClient
     from kvmesh.v1 import inference_pb2
 
 NUM_FACTS = 4
@@ -62,6 +60,8 @@ class Turn:
 @command
 async def demo(tokens: Tokens = 1024, seed: Seed = DEMO_SEED, json: Json = False) -> None:
     """Start a mesh, ask it two questions about a document, and show where the time went."""
+    import tempfile
+
     from kvmesh.integration.launch_state import spans_dir
     from kvmesh.integration.traces import find_trace, load_spans, waterfall
     from kvmesh.services.common.config import MeshConfig, RouterConfig
@@ -86,10 +86,9 @@ async def demo(tokens: Tokens = 1024, seed: Seed = DEMO_SEED, json: Json = False
 async def _in_mesh(
     config: Any, run_dir: Path, questions: list[Question], quiet: bool
 ) -> list[Turn]:
-    from kvmesh.services.router.client import InferenceClient
-
     from kvmesh.integration.launch import running_mesh
     from kvmesh.services.common.client import Link
+    from kvmesh.services.router.client import InferenceClient
 
     async with running_mesh(config, run_dir) as mesh:
         async with show_progress(mesh):

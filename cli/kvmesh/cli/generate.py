@@ -13,7 +13,6 @@ from kvmesh.cli.sampling import Prompt, Sampling, build_request, read_prompt
 
 if TYPE_CHECKING:
     from kvmesh.services.router.client import InferenceClient
-
     from kvmesh.v1 import inference_pb2
 
 Text = Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="'-' or nothing: read stdin.")]
@@ -108,4 +107,4 @@ async def generate(
         print_json(answer.record())
         return
     sys.stdout.write("\n")
-    console(stderr=True).print(stats_line(answer), style="dim", markup=False)
+    console(stderr=True).print(stats_line(answer), style="dim", markup=False, soft_wrap=True)

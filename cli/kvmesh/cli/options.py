@@ -4,9 +4,8 @@ A parameter of a command whose type is a dataclass stands for one option per fie
 belong together are written, documented and passed on once.
 """
 
-import asyncio
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -110,10 +109,19 @@ def _finish(run: Callable[..., Any], arguments: dict[str, Any]) -> None:
     try:
         result = run(**arguments)
         if inspect.iscoroutine(result):
-            asyncio.run(result)
-    except (KeyboardInterrupt, asyncio.CancelledError):
+            _await(result)
+    except KeyboardInterrupt:
         raise typer.Exit(INTERRUPTED) from None
     except BrokenPipeError:  # the reader of our output has gone: nothing is left to say
         raise typer.Exit(1) from None
     except Exception as error:
         raise typer.Exit(report(error)) from None
+
+
+def _await(work: Coroutine[Any, Any, None]) -> None:
+    import asyncio  # which half of all commands, and --help, do without
+
+    try:
+        asyncio.run(work)
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None

@@ -1,9 +1,10 @@
 """What commands print: tables for people, one JSON document for programs."""
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -12,11 +13,16 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
+PIPE_WIDTH = 200  # of what is no terminal and names no width: nothing should be cut off for grep
+
+
 def console(stderr: bool = False) -> "Console":
     """Plain text without colours where the output is no terminal."""
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False)
+    stream = sys.stderr if stderr else sys.stdout
+    narrow = stream.isatty() or "COLUMNS" in os.environ
+    return Console(stderr=stderr, highlight=False, width=None if narrow else PIPE_WIDTH)
 
 
 def print_json(value: Any) -> None:
@@ -55,7 +61,9 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
     for column in columns:
         right = column.startswith(">")
-        table.add_column(column.lstrip(">"), justify="right" if right else "left", no_wrap=right)
+        justify: Literal["left", "right"] = "right" if right else "left"
+        # A narrow terminal folds text, since a name that is cut off cannot be used.
+        table.add_column(column.lstrip(">"), justify=justify, no_wrap=right, overflow="fold")
     for row in rows:
         table.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
     console().print(table)

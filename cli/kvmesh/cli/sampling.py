@@ -70,18 +70,25 @@ def read_prompt(text: str | None, file: Path | None) -> str:
     """The argument, the file, or what is piped in. Raises CommandFailed (2) if there is none."""
     if text is not None and file is not None:
         raise CommandFailed("give the prompt as an argument or as --file, not both", USAGE)
-    if file is not None:
-        try:
-            text = file.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise CommandFailed(f"cannot read {file}: {error}", USAGE) from error
-    elif text is None or text == "-":
-        if sys.stdin.isatty():
-            raise CommandFailed("no prompt; give it as an argument, by --file, or on stdin", USAGE)
-        text = sys.stdin.read()
-    if not text.strip():
+    prompt = _file_text(file) if file is not None else _argument_or_stdin(text)
+    if not prompt.strip():
         raise CommandFailed("the prompt is empty", USAGE)
-    return text
+    return prompt
+
+
+def _file_text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CommandFailed(f"cannot read {file}: {error}", USAGE) from error
+
+
+def _argument_or_stdin(text: str | None) -> str:
+    if text is not None and text != "-":
+        return text
+    if sys.stdin.isatty():
+        raise CommandFailed("no prompt; give it as an argument, by --file, or on stdin", USAGE)
+    return sys.stdin.read()
 
 
 def build_request(text: str, prompt: Prompt, sampling: Sampling) -> "inference_pb2.GenerateRequest":

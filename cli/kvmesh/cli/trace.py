@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Look at the traces of requests.")
 
 Limit = Annotated[int, typer.Option("--limit", "-n", min=1, help="The newest so many.")]
+Every = Annotated[bool, typer.Option("--all", help="Also probes and other work of the mesh.")]
 TraceId = Annotated[str, typer.Argument(metavar="[ID]", help="A trace id, its start, or 'last'.")]
 Attributes = Annotated[
     bool, typer.Option("--attributes", "-a", help="Show each span's attributes and events.")
@@ -37,16 +38,20 @@ COLOURS = {
 }
 NAME_WIDTH = 28
 MIN_BAR = 12
+MAX_WIDTH = 130  # a line that is longer is hard to follow with the eye
 
 
 @command
-def list_traces(run_dir: RunDir = None, limit: Limit = 20, json: Json = False) -> None:
-    """List the newest traces."""
+def list_traces(
+    run_dir: RunDir = None, limit: Limit = 20, every: Every = False, json: Json = False
+) -> None:
+    """List the newest requests."""
     from datetime import datetime
 
     from kvmesh.integration.traces import summarize
 
-    found = summarize(_spans(run_dir))[:limit]
+    traces = summarize(_spans(run_dir))
+    found = [trace for trace in traces if every or trace.is_request][:limit]
     if json:
         print_json([asdict(summary) for summary in found])
         return
@@ -110,7 +115,7 @@ def print_waterfall(rows: "Sequence[Row]", attributes: bool = False) -> None:
 
     out = console()
     total = total_ms(rows)
-    width = max(MIN_BAR, out.width - NAME_WIDTH - 44)
+    width = max(MIN_BAR, min(out.width, MAX_WIDTH) - NAME_WIDTH - 44)
     head = f"trace {rows[0].span.trace_id}, {len(rows)} spans, {total:.1f} ms"
     out.print(Text(head, style="bold"))
     for row in rows:
@@ -134,6 +139,8 @@ def _line(row: "Row", total: float, width: int) -> "Text":
     line.append(" " * begin + "█" * length, style=colour)
     if span.events:
         line.append(f" {len(span.events)} event{'s'[: len(span.events) > 1]}", style="dim")
+    if span.attributes.get("kvmesh.clock") == "simulated":
+        line.append(" simulated", style="yellow")
     if failed:
         line.append(f" {span.status_message}", style="red")
     return line

@@ -1,8 +1,6 @@
 """`kvmesh up` and `kvmesh down`: a mesh of processes on this machine."""
 
-import asyncio
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -17,6 +15,9 @@ from kvmesh.cli.options import ConfigFile, RunDir, command
 from kvmesh.cli.render import console, print_table
 
 if TYPE_CHECKING:
+    import asyncio
+    import subprocess
+
     from kvmesh.integration.launch import Mesh
     from kvmesh.integration.launch_state import MeshState
     from kvmesh.services.common.config import MeshConfig
@@ -43,6 +44,8 @@ def up(
     timeout: ReadySeconds = 180.0,
 ) -> None:
     """Start a mesh on this machine."""
+    import asyncio
+
     from kvmesh.integration.launch_state import resolve_run_dir
     from kvmesh.services.common.config import load_config
 
@@ -57,6 +60,8 @@ def up(
 
 
 async def _foreground(config: "MeshConfig", run_dir: Path, timeout_s: float) -> int:
+    import asyncio
+
     from kvmesh.integration.launch import running_mesh
 
     stop = asyncio.Event()
@@ -79,8 +84,9 @@ async def _foreground(config: "MeshConfig", run_dir: Path, timeout_s: float) -> 
     return 0
 
 
-def _on_signals(mesh: "Mesh", stop: asyncio.Event, interrupted: asyncio.Event) -> None:
+def _on_signals(mesh: "Mesh", stop: "asyncio.Event", interrupted: "asyncio.Event") -> None:
     """The first signal asks for an orderly end, a second one ends it now."""
+    import asyncio
 
     def received(number: int) -> None:
         if stop.is_set():
@@ -97,6 +103,7 @@ def _on_signals(mesh: "Mesh", stop: asyncio.Event, interrupted: asyncio.Event) -
 @asynccontextmanager
 async def show_progress(mesh: "Mesh") -> AsyncIterator[None]:
     """Shows on stderr, while the block runs, which members are ready."""
+    import asyncio
 
     async def follow(starting: _Starting) -> None:
         while True:
@@ -147,6 +154,8 @@ class _Starting:
 
 def _detached(config: Path | None, run_dir: Path, timeout_s: float) -> None:
     """Starts `kvmesh up --foreground` in a session of its own and waits until it is ready."""
+    import subprocess
+
     from kvmesh.integration.launch_state import last_line, log_path, running_state
 
     if running_state(run_dir) is not None:
@@ -175,6 +184,7 @@ def _detached(config: Path | None, run_dir: Path, timeout_s: float) -> None:
         launcher.wait()
         said = last_line(log).removeprefix("error: ")
         raise CommandFailed(said or f"the launcher ended; see {log}", launcher.returncode or 1)
+    launcher.returncode = 0  # it lives on: nothing here waits for its end, nor warns that it runs
     print_members(state)
     console().print("'kvmesh down' stops it.")
 

@@ -86,12 +86,12 @@ class Mesh:
     @property
     def public_address(self) -> str:
         """Where clients reach the router; empty until it listens."""
-        return self._router_address(0)
+        return next(iter(self.members[ROUTER].addresses), "")
 
     @property
     def mesh_address(self) -> str:
         """Where members reach the router; empty until it listens."""
-        return self._router_address(1)
+        return next(iter(self.members[ROUTER].addresses[1:]), "")
 
     @property
     def pids(self) -> dict[str, int]:
@@ -251,10 +251,6 @@ class Mesh:
             task = self._tasks[member_id]
             if task.done() and not task.cancelled() and task.exception() is not None:
                 raise MeshFailed(f"{member_id} cannot be run: {task.exception()} (see {log})")
-
-    def _router_address(self, index: int) -> str:
-        addresses = self.members[ROUTER].addresses
-        return addresses[index] if index < len(addresses) else ""
 
     def _note(self) -> None:
         """Writes the state file and wakes who waits for a change."""

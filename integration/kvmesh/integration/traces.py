@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 LAST = "last"
+ROUTER_SERVICE = "kvmesh-router"  # where the trace of a request begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,10 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class TraceSummary:
-    """One trace in a list. name: of its root span; start_ns: Unix nanoseconds."""
+    """One trace in a list. name: of its root span; start_ns: Unix nanoseconds.
+
+    is_request: a client's request, not a probe or a look-up of the mesh's own.
+    """
 
     trace_id: str
     name: str
@@ -42,6 +46,7 @@ class TraceSummary:
     num_spans: int
     members: tuple[str, ...]
     errors: int
+    is_request: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,21 +107,22 @@ def _summary(trace_id: str, spans: Sequence[Span]) -> TraceSummary:
         num_spans=len(spans),
         members=tuple(sorted({span.member for span in spans})),
         errors=sum(span.status == "ERROR" for span in spans),
+        is_request=root.service == ROUTER_SERVICE,
     )
 
 
 def find_trace(spans: Sequence[Span], wanted: str) -> list[Span]:
-    """The spans of one trace: `last`, a trace id, or a prefix of one.
+    """The spans of one trace: the `last` request's, or by a trace id or the start of one.
 
     Raises LookupError, which names the candidates, if none or several fit.
     """
     if wanted == LAST:
-        newest = summarize(spans)[:1]
-        ids = {summary.trace_id for summary in newest}
+        requests = [summary.trace_id for summary in summarize(spans) if summary.is_request]
+        ids = set(requests[:1])
     else:
         ids = {span.trace_id for span in spans if span.trace_id.startswith(wanted.lower())}
     if not ids:
-        raise LookupError("no trace is stored yet" if wanted == LAST else f"no trace {wanted}")
+        raise LookupError("no request is stored yet" if wanted == LAST else f"no trace {wanted}")
     if len(ids) > 1:
         raise LookupError(f"{wanted} fits {len(ids)} traces: {', '.join(sorted(ids)[:5])}")
     return [span for span in spans if span.trace_id in ids]
