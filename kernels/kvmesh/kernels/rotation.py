@@ -40,7 +40,7 @@ def signs(head_dim: int) -> npt.NDArray[np.float32]:
 def hadamard(x: npt.NDArray[_Float]) -> npt.NDArray[_Float]:
     """The unnormalised Walsh-Hadamard transform along the last axis, in x's own precision."""
     dim = x.shape[-1]
-    y = x
+    y: npt.NDArray[Any] = x
     span = 1
     while span < dim:
         pairs = y.reshape(*x.shape[:-1], dim // (2 * span), 2, span)
