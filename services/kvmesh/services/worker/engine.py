@@ -206,7 +206,9 @@ class Engine:
             logger.exception("a step of %d sequences failed", len(plan))
             self._fail([step.sequence for step in plan])
             return
-        self._scheduler.apply(plan, sampled, self._clock())
+        times = self._model.last_step
+        block_seal_s = times.seal_s / max(times.sealed_blocks, 1)
+        self._scheduler.apply(plan, sampled, self._clock(), block_seal_s)
 
     def _fail(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:

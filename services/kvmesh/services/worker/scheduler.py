@@ -165,8 +165,17 @@ class Scheduler:
                 step.sequence.timeline.first_step = now
         return planned
 
-    def apply(self, plan: list[Planned], sampled: list[Sampled | None], now: float) -> None:
-        """Takes the results of a step; `sampled` has one entry per planned `want_logits`."""
+    def apply(
+        self,
+        plan: list[Planned],
+        sampled: list[Sampled | None],
+        now: float,
+        block_seal_s: float = 0.0,
+    ) -> None:
+        """Takes the results of a step; `sampled` has one entry per planned `want_logits`.
+
+        block_seal_s: device seconds that sealing each block that filled took.
+        """
         self.counters.steps += bool(plan)
         results = iter(sampled)
         for step in plan:
@@ -177,7 +186,7 @@ class Scheduler:
                 self.counters.tokens_prefilled += step.count
             for index in range(step.start // BLOCK_SIZE, sequence.computed // BLOCK_SIZE):
                 self.cache.seal(sequence.blocks[index], sequence.key(index))
-                sequence.sealed_here += 1
+                sequence.note_seal(block_seal_s)
             if step.want_logits:
                 self._take(sequence, next(results), now)
 
