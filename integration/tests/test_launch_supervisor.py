@@ -153,7 +153,7 @@ async def test_launch_names_the_member_that_cannot_start(fake: Fake):
 async def test_launch_does_not_retry_a_bad_configuration(fake: Fake):
     options = fake.options(router="misconfigured")
     async with running_mesh(CONFIG, fake.run_dir, options) as mesh:
-        with pytest.raises(MeshFailed, match=r"router exited with 2 .*router\.port is 0\.5"):
+        with pytest.raises(ConfigError, match=r"router exited with 2 .*router\.port is 0\.5"):
             await mesh.wait_ready(WAIT_S)
         assert fake.log("router").count("router.port") == 1
         assert mesh.members["worker-0"].phase is Phase.WAITING
