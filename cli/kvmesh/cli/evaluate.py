@@ -1,6 +1,5 @@
 """`kvmesh eval`: how often the model is right, through the whole mesh."""
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,6 +66,8 @@ async def _score(
 ) -> "list[NeedleScore]":
     """Runs one mesh with this codec; two workers share the questions."""
     from kvmesh.services.router.client import InferenceClient
+    import tempfile
+
     from tokenizers import Tokenizer
 
     from kvmesh.integration.evaluate import needle_cases, score_needles
