@@ -40,7 +40,7 @@ COST = CostModel(
 
 
 def member(
-    member_id: str, incarnation: int = 1, kind: str = "worker", **more: str
+    member_id: str, incarnation: int = 1, kind: str = "worker", role: str = "both"
 ) -> mesh_pb2.Member:
     found = mesh_pb2.Member(
         member_id=member_id, incarnation=incarnation, kind=kind, address="127.0.0.1:1"
