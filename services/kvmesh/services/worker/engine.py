@@ -17,8 +17,9 @@ from kvmesh.kernels.layout import BLOCK_SIZE
 from kvmesh.services.common.errors import MeshError
 from kvmesh.services.kvcache.client import SealedBlock
 from kvmesh.services.worker.blocks import CacheEvents
+from kvmesh.services.worker.limits import Counters, Limits, Planned
 from kvmesh.services.worker.sampler import sample
-from kvmesh.services.worker.scheduler import Counters, Limits, Planned, Scheduler
+from kvmesh.services.worker.scheduler import Scheduler
 from kvmesh.services.worker.sequence import (
     Fetched,
     Sequence,
@@ -152,6 +153,10 @@ class Engine:
     def fetched(self, ticket: int, fetched: Fetched) -> None:
         """Answers a FetchWish."""
         self._post(partial(self._fetched, ticket, fetched))
+
+    def unshare(self, keys: tuple[bytes, ...]) -> None:
+        """The shards did not take the exported blocks with these keys."""
+        self._post(partial(self._scheduler.cache.unshare, keys))
 
     def inspect(self, look: Callable[[Scheduler], None]) -> None:
         """Calls `look` between two steps, in the engine's thread."""

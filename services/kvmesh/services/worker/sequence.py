@@ -152,7 +152,7 @@ class Sequence:
         self.sealed_here = 0  # blocks filled by this process's own steps
         self.prefill_seal_s = 0.0  # device seconds of sealing them, before the first token
         self.decode_seal_s = 0.0  # and after it
-        self.next_export = 0  # index of the first block that no shard may have yet
+        self.next_export = 0  # blocks before this index have been offered to the shards
         self.fetched: Fetched | None = None
         self.finish: Finish | None = None
         self.history: TokenHistory | None = None

@@ -17,8 +17,8 @@ from kvmesh.services.common.lease import MembershipLease
 from kvmesh.services.common.process import ProcessContext
 from kvmesh.services.common.server import Listener
 from kvmesh.services.worker.hub import Hub
+from kvmesh.services.worker.limits import Limits
 from kvmesh.services.worker.messages import model_info
-from kvmesh.services.worker.scheduler import Limits
 from kvmesh.services.worker.servicer import WorkerServicer
 from kvmesh.services.worker.transfer import Transfer
 from kvmesh.v1 import mesh_pb2, worker_pb2_grpc
