@@ -103,7 +103,9 @@ async def test_cancel_frees_blocks_and_slots() -> None:
         assert scheduler.cache.available == 64
 
 
-async def test_a_request_cancelled_as_it_comes_still_ends_and_harms_nobody() -> None:
+async def test_a_request_cancelled_as_it_comes_still_ends_and_harms_nobody(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async with worker(FakeModel()) as (service, address), attached(address) as router:
         for i in range(20):
             name = f"r{i}"
@@ -115,6 +117,7 @@ async def test_a_request_cancelled_as_it_comes_still_ends_and_harms_nobody() -> 
             await router.end_of(f"beside r{i}")
             assert router.tokens[f"beside r{i}"] == continuation(PROMPT, 20)
         await settled(service)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 @pytest.mark.parametrize("abruptly", [False, True])
@@ -126,6 +129,7 @@ async def test_a_broken_router_stream_frees_all_its_requests(abruptly: bool) -> 
         await router.until(lambda: len(router.tokens) == 3)
         await router.close(abruptly)
         scheduler = await settled(service)
+        assert scheduler.counters.tokens_generated < 3 * 1800  # they did not just run to their end
         assert scheduler.cache.available == 64
         async with attached(address) as another:
             await another.submit("d", PROMPT)
