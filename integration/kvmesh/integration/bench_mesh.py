@@ -36,7 +36,7 @@ class BenchPlan:
     concurrency: tuple[int, ...] = (1, 4, 16, 64)
     prompt_tokens: int = 128
     output_tokens: int = 64
-    requests_per_client: int = 2
+    requests_per_client: int = 4
     rounds: int = 3
     seed: int = 1
 
