@@ -190,9 +190,11 @@ class Generation:
             if not isinstance(lost, _RETRY_ELSEWHERE):
                 raise lost
             self._excluded |= {leg.worker}
-            if isinstance(lost, Overloaded) and not self._others(prepared):
+            if isinstance(lost, Unavailable):
+                self._count_migration(lost)
+            elif self._choose(prepared, handover=False).chosen is None:
                 raise lost
-        if end.reason != common_pb2.FINISH_REASON_ERROR or isinstance(lost, Unavailable):
+        elif end.reason != common_pb2.FINISH_REASON_ERROR:
             self._count_migration(lost)
         # What a prefill worker could not do, the decode worker does.
         await self._go_on(prepared, self._decode_worker if leg.prefill_only else "", "", lost)
@@ -203,9 +205,6 @@ class Generation:
             raise Unavailable(f"{lost}, after {limit} migrations (max_migrations)")
         self._usage.migrations += 1
         self._parts.migrations += 1
-
-    def _others(self, prepared: Prepared) -> bool:
-        return self._choose(prepared, handover=False).chosen is not None
 
     async def _go_on(
         self, prepared: Prepared, wanted: str, tail: str, why: MeshError | None = None
