@@ -414,6 +414,24 @@ async def test_a_restarted_workers_entries_vanish() -> None:
         assert members["worker-0"].indexed_blocks == 0
 
 
+async def test_a_new_life_beside_the_old_stream_keeps_its_own_entries() -> None:
+    ids = prompt(400)
+    old, new = FakeWorker("worker-0"), FakeWorker("worker-0")
+    old.pause_after = 3
+    new.held = keys_of(ids)[:2]
+    async with mesh_of(old, FakeTokenizer()) as mesh:
+        running = asyncio.create_task(hear(mesh.client, tokens(prompt(70), 8)))
+        await until(lambda: bool(old.submits), "it runs")
+        server = mesh.members["worker-0"].server
+        await mesh.join(new)  # the old process hangs: its stream is still open
+        heard = await running
+        check(heard, prompt(70), 8)
+        assert heard.last.usage.migrations == 1
+        index = mesh.service.parts.core.index
+        await until(lambda: index.blocks_of("worker-0") == 2, "the new life's snapshot is in")
+        await server.stop(0)
+
+
 async def test_siblings_of_one_burst_follow_the_first() -> None:
     workers = [FakeWorker(f"worker-{n}") for n in range(3)]
     for worker in workers:
