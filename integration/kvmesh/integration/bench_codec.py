@@ -5,7 +5,7 @@ Ours is centered by the sample's own mean, where a model's blocks use the mean o
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +39,13 @@ class Method:
     bits_per_element: Callable[[int], float]
     restore_keys: Restore
     restore_values: Restore
+
+
+class _Rival(Protocol):
+    """What every class of kvmesh.kernels.baselines is."""
+
+    def bits_per_element(self, dim: int) -> float: ...
+    def quantize_dequantize(self, x: Vectors) -> Vectors: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +83,7 @@ def _ours(bits: int) -> Method:
 
 def methods() -> list[Method]:
     """Ours, then the rivals."""
-    rivals = {
+    rivals: dict[str, _Rival] = {
         **{f"turboquant mse {bits}": turboquant.TurboQuantMse(bits) for bits in (1, 2, 3, 4)},
         **{f"turboquant prod {bits}": turboquant.TurboQuantProd(bits) for bits in (2, 3, 4)},
         **{f"turboquant split {b}.5": turboquant.OutlierSplit(b) for b in (2, 3)},

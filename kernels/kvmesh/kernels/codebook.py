@@ -102,8 +102,10 @@ def quantize(z: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.uint8]:
     """The stored code of each coordinate: uint8, like z."""
     if bits == 8:
         steps = np.clip(np.rint(z * np.float32(1 / INT8_STEP)), -INT8_MOST, INT8_MOST)
-        return steps.astype(np.int8).view(np.uint8)
-    return stored_codes(bits)[np.searchsorted(thresholds(bits), z, side="left")]
+        codes: npt.NDArray[np.uint8] = steps.astype(np.int8).view(np.uint8)
+    else:
+        codes = stored_codes(bits)[np.searchsorted(thresholds(bits), z, side="left")]
+    return codes
 
 
 @functools.cache

@@ -89,13 +89,15 @@ def _pack_plane(codes: Octets, width: int) -> Octets:
     count = 8 // width
     shifts = np.arange(count, dtype=np.uint8) * np.uint8(width)
     packed = codes.reshape(*codes.shape[:-1], -1, count) << shifts
-    return np.bitwise_or.reduce(packed, axis=-1).astype(np.uint8)
+    octets: Octets = np.bitwise_or.reduce(packed, axis=-1).astype(np.uint8)
+    return octets
 
 
 def _unpack_plane(packed: Octets, width: int) -> Octets:
     shifts = np.arange(0, 8, width, dtype=np.uint8)
     codes = packed[..., None] >> shifts & np.uint8((1 << width) - 1)
-    return codes.reshape(*packed.shape[:-1], -1)
+    flat: Octets = codes.reshape(*packed.shape[:-1], -1)
+    return flat
 
 
 def pack(codes: Octets, bits: int) -> Octets:

@@ -115,4 +115,5 @@ def hadamard(x: npt.NDArray[_Float]) -> npt.NDArray[_Float]:
     total = signed[:, :1] * rows[..., :1, :]
     for i in range(1, len(matrix)):
         total = total + signed[:, i : i + 1] * rows[..., i : i + 1, :]
-    return total.reshape(x.shape)
+    transformed: npt.NDArray[_Float] = total.reshape(x.shape)
+    return transformed
