@@ -5,7 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 SOURCES := services backends kernels cli integration
 PROTOS := $(wildcard protos/kvmesh/v1/*.proto) protos/hatch_build.py
 
@@ -35,10 +35,12 @@ bench: $(VENV)/installed
 # Compiles the kernels once, so that the first mesh starts as fast as the second.
 $(VENV)/installed: $(VENV)/packages $(PROTOS) pyproject.toml
 	$(PIP) --no-build-isolation --no-deps --editable .
+	@echo "compiling the CPU kernels, once (half a minute)"
 	$(BIN)/python -m kvmesh.kernels.cpu.warm
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed requirements/dev.txt requirements/parity.txt
+	@echo "installing the pinned test tools (a minute)"
 	$(PIP) --require-hashes --requirement requirements/dev.txt
 	$(PIP) --require-hashes --requirement requirements/parity.txt \
 	  || echo "no CPU build of torch for this machine: the tests that need it will be skipped"
@@ -48,6 +50,7 @@ $(VENV)/packages: requirements/cpu.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(None if v >= (3, 11) else \
 	  f"Python {v.major}.{v.minor} is too old, kvmesh needs 3.11 or newer; try make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned packages into $(VENV) (half a minute)"
 	$(PIP) --require-hashes --requirement requirements/cpu.txt
 	touch $@
 

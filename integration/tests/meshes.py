@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from kvmesh.services.router.client import InferenceClient
 from tokenizers import Tokenizer
 
 from kvmesh.integration.launch import Mesh, running_mesh
@@ -15,6 +14,7 @@ from kvmesh.integration.needle import make_case
 from kvmesh.services.common.checkpoint import checkpoint_path
 from kvmesh.services.common.client import Link
 from kvmesh.services.common.config import MeshConfig, ModelConfig, RouterConfig, WorkerConfig
+from kvmesh.services.router.client import InferenceClient
 from kvmesh.v1 import common_pb2, inference_pb2
 
 SEED = 7

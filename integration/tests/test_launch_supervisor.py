@@ -96,9 +96,10 @@ async def test_launch_starts_all_and_stops_in_order(fake: Fake):
         assert state is not None
         assert {m.member_id: m.pid for m in state.members} == mesh.pids
         assert state.public_address == mesh.public_address
-        assert f"worker-1 joins {mesh.mesh_address} on any with 1 threads" in fake.log("worker-1")
-        assert "router joins nobody" in fake.log("router")
-        pids = list(mesh.pids.values())
+        pids, mesh_address = list(mesh.pids.values()), mesh.mesh_address
+    # A log is whole only when its member has ended.
+    assert f"worker-1 joins {mesh_address} on any with 1 threads" in fake.log("worker-1")
+    assert "router joins nobody" in fake.log("router")
     ends = fake.ends.read_text().split()
     assert ends[0] == "router"
     assert sorted(ends[1:3]) == ["worker-0", "worker-1"]
@@ -153,7 +154,7 @@ async def test_launch_names_the_member_that_cannot_start(fake: Fake):
 async def test_launch_does_not_retry_a_bad_configuration(fake: Fake):
     options = fake.options(router="misconfigured")
     async with running_mesh(CONFIG, fake.run_dir, options) as mesh:
-        with pytest.raises(MeshFailed, match=r"router exited with 2 .*router\.port is 0\.5"):
+        with pytest.raises(ConfigError, match=r"router exited with 2 .*router\.port is 0\.5"):
             await mesh.wait_ready(WAIT_S)
         assert fake.log("router").count("router.port") == 1
         assert mesh.members["worker-0"].phase is Phase.WAITING
@@ -261,6 +262,9 @@ def wait_gone(pid: int) -> None:
 
     try:
         asyncio.run(ended())
+    except TimeoutError:
+        signal.pidfd_send_signal(fd, signal.SIGKILL)
+        raise
     finally:
         os.close(fd)
 

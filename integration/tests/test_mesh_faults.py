@@ -7,13 +7,13 @@ from pathlib import Path
 
 import grpc
 import pytest
-from kvmesh.services.router.client import InferenceClient
 from meshes import Progress, inference, mesh_config, prompts, ready, started
 
 from kvmesh.integration.launch import LaunchOptions, Mesh, running_mesh
 from kvmesh.integration.loadgen import run_request, token_request
 from kvmesh.services.common.client import Link
 from kvmesh.services.common.config import KvCacheConfig, RouterConfig, WorkerConfig
+from kvmesh.services.router.client import InferenceClient
 from kvmesh.v1 import common_pb2, inference_pb2, inference_pb2_grpc, kvcache_pb2, kvcache_pb2_grpc
 
 pytestmark = pytest.mark.timeout(240)

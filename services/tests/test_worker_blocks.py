@@ -114,6 +114,19 @@ def test_blocks_to_be_kept_are_not_counted_as_available() -> None:
     assert cache.can_allocate(2, keeping=blocks[:1])
 
 
+def test_a_block_is_offered_to_the_shards_once_until_it_is_gone() -> None:
+    cache = BlockCache(1)
+    (block,) = cache.allocate(1)
+    cache.seal(block, b"a")
+    assert cache.share(b"a") and not cache.share(b"a")
+    cache.unshare([b"a", b"never held"])
+    assert cache.share(b"a") and not cache.share(b"a")
+    cache.release([block])
+    cache.seal(cache.allocate(1)[0], b"a")  # evicted, then computed again
+    assert cache.share(b"a")
+    cache.check_integrity()
+
+
 def test_tails_expire_and_are_bounded() -> None:
     tails, tail = KeptTails(max_tails=2, keep_s=30), Tail(64, 3, b"x")
     tails.keep("a", tail, 0)

@@ -23,6 +23,7 @@ from kvmesh.services.worker.sampler import (
     gumbel,
     sample,
     top_ids,
+    truncate,
 )
 from kvmesh.v1 import common_pb2
 
@@ -193,12 +194,29 @@ def test_top_p_keeps_the_fewest_that_reach_it(top_p: float, kept: int) -> None:
     assert set(np.flatnonzero(counts)) == set([1, 2, 0, 3][:kept])
 
 
-def test_top_p_beyond_the_first_candidates_sorts_them_all() -> None:
+def test_top_p_cuts_equals_by_id() -> None:
     flat = np.zeros(1000, np.float32)
     flat[7] = 0.5
     counts = draws(flat, 3000, temperature=1.0, top_p=0.9, seed=5)
     assert len(np.flatnonzero(counts)) > 700
     assert not counts[905:].any()  # of equals, the lowest ids are kept
+
+
+@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("spread", [0.01, 1.0, 8.0, 200.0])
+def test_top_p_is_that_of_a_full_sort(top_p: float, spread: float) -> None:
+    scaled = np.random.default_rng(4).normal(0, spread, 3000)
+    scaled -= scaled.max()
+    order = np.argsort(-scaled, kind="stable")
+    cumulated = np.cumsum(np.exp(scaled[order]))
+    count = int((cumulated < top_p * cumulated[-1]).sum()) + 1
+    settings = SamplingSettings(temperature=1.0, top_p=top_p)
+    assert sorted(_kept(scaled, settings)) == sorted(order[:count].tolist())
+
+
+def _kept(scaled: Any, settings: SamplingSettings) -> list[int]:
+    ids = truncate(scaled, settings)
+    return list(range(len(scaled))) if ids is None else ids.tolist()
 
 
 def test_top_ids_breaks_ties_by_id() -> None:

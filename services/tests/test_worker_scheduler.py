@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, note, seed, settings
 from hypothesis import strategies as st
+from worker_fakes import EOS, LAYOUT, FakeModel, continuation
 
 from kvmesh.backends.base import Segment
 from kvmesh.kernels.layout import BLOCK_SIZE
@@ -14,8 +15,9 @@ from kvmesh.services.common.errors import Expired, InvalidRequest, Overloaded
 from kvmesh.services.common.sampling import SamplingSettings
 from kvmesh.services.kvcache.keys import root_key
 from kvmesh.services.worker.engine import VerifiedPool
+from kvmesh.services.worker.limits import Limits, Planned
 from kvmesh.services.worker.sampler import sample
-from kvmesh.services.worker.scheduler import Limits, Planned, Scheduler
+from kvmesh.services.worker.scheduler import Scheduler
 from kvmesh.services.worker.sequence import (
     MAX_MARKS,
     Fetched,
@@ -27,8 +29,6 @@ from kvmesh.services.worker.sequence import (
     Update,
     Work,
 )
-
-from .worker_fakes import EOS, LAYOUT, FakeModel, continuation
 
 ROOT = root_key(LAYOUT.fingerprint, LAYOUT.codec, BLOCK_SIZE, "")
 

@@ -4,6 +4,8 @@ import asyncio
 
 import grpc
 import pytest
+from worker_fakes import LAYOUT, FakeModel, continuation
+from worker_harness import attached, mesh, settled, shard, worker
 
 from kvmesh.kernels.layout import BLOCK_SIZE
 from kvmesh.services.common.client import Link
@@ -12,9 +14,6 @@ from kvmesh.services.common.errors import ConfigError, NotFound, Unavailable
 from kvmesh.services.worker.client import WorkerClient
 from kvmesh.services.worker.service import worker_config
 from kvmesh.v1 import common_pb2
-
-from .worker_fakes import LAYOUT, FakeModel, continuation
-from .worker_harness import attached, mesh, settled, shard, worker
 
 PROMPT = [(5 * i + 3) % 101 for i in range(200)]
 FINISHED = (common_pb2.FINISH_REASON_STOP, common_pb2.FINISH_REASON_LENGTH)
@@ -104,6 +103,23 @@ async def test_cancel_frees_blocks_and_slots() -> None:
         assert scheduler.cache.available == 64
 
 
+async def test_a_request_cancelled_as_it_comes_still_ends_and_harms_nobody(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with worker(FakeModel()) as (service, address), attached(address) as router:
+        for i in range(20):
+            name = f"r{i}"
+            await router.submit(name, PROMPT, cancelled=True, shard_addresses=["127.0.0.1:1"])
+            await router.submit(f"beside {name}", PROMPT)
+        for i in range(20):
+            end = await router.end_of(f"r{i}")
+            assert end.finish_reason == common_pb2.FINISH_REASON_CANCELLED
+            await router.end_of(f"beside r{i}")
+            assert router.tokens[f"beside r{i}"] == continuation(PROMPT, 20)
+        await settled(service)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 @pytest.mark.parametrize("abruptly", [False, True])
 async def test_a_broken_router_stream_frees_all_its_requests(abruptly: bool) -> None:
     async with worker(FakeModel()) as (service, address), attached(address) as router:
@@ -113,6 +129,7 @@ async def test_a_broken_router_stream_frees_all_its_requests(abruptly: bool) -> 
         await router.until(lambda: len(router.tokens) == 3)
         await router.close(abruptly)
         scheduler = await settled(service)
+        assert scheduler.counters.tokens_generated < 3 * 1800  # they did not just run to their end
         assert scheduler.cache.available == 64
         async with attached(address) as another:
             await another.submit("d", PROMPT)
@@ -211,6 +228,29 @@ async def test_hand_over_between_two_workers() -> None:
                 await WorkerClient(link).fetch_tail("a")
         await settled(one)
         await settled(two)
+
+
+async def test_a_hand_over_brings_what_shards_did_not_take_before() -> None:
+    decode = FakeModel()
+    async with (
+        shard() as (_, shard_address),
+        worker(FakeModel()) as (one, one_address),
+        worker(decode) as (_, two_address),
+        attached(one_address) as first,
+        attached(two_address) as second,
+    ):
+        await first.submit("unshared", PROMPT)
+        await first.end_of("unshared")
+        await first.submit("dead", PROMPT, prefill_only=True, shard_addresses=["127.0.0.1:1"])
+        await first.end_of("dead")
+        await settled(one)
+        shards = [shard_address]
+        await first.submit("a", PROMPT, prefill_only=True, shard_addresses=shards)
+        await first.end_of("a")
+        assert first.updates["a"][0].cached_tokens == 3 * BLOCK_SIZE
+        await second.submit("a", PROMPT + first.tokens["a"], shard_addresses=shards)
+        await second.end_of("a")
+        assert decode.pool.imported_blocks == 3
 
 
 async def test_a_hand_over_whose_tail_and_shards_are_gone_is_computed_again() -> None:

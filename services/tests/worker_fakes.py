@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kvmesh.backends.base import DeviceInfo, Estimate, ModelSpec, Segment
+from kvmesh.backends.base import DeviceInfo, Estimate, ModelSpec, Segment, StepTimes
 from kvmesh.kernels import block
 from kvmesh.kernels.errors import BlockError
 from kvmesh.kernels.layout import BLOCK_SIZE, KvLayout
@@ -89,6 +89,7 @@ class FakeModel:
         self.forwards: list[list[tuple[int, int]]] = []  # (start, tokens) of each segment
         self.failing = 0
         self.closed = False
+        self.last_step = StepTimes()
 
     def forward(self, segments: Sequence[Segment]) -> npt.NDArray[np.float32]:
         self.forwards.append([(s.start, len(s.token_ids)) for s in segments])
@@ -98,6 +99,10 @@ class FakeModel:
         assert len({s.slot for s in segments}) == len(segments), "a slot twice in a step"
         totals = [(self._advance(s), s.start + len(s.token_ids)) for s in segments]
         rows = [t for s, t in zip(segments, totals, strict=True) if s.want_logits]
+        filled = sum(
+            (s.start + len(s.token_ids)) // BLOCK_SIZE - s.start // BLOCK_SIZE for s in segments
+        )
+        self.last_step = StepTimes(0.01, 0.001 * filled, filled)
         logits = np.zeros((len(rows), VOCAB), np.float32)
         for row, (total, length) in zip(logits, rows, strict=True):
             row[:] = -np.arange(VOCAB) % 13

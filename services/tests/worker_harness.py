@@ -112,11 +112,14 @@ class Attached:
         self._task = asyncio.create_task(self._read())
 
     async def submit(self, request_id: str, tokens: Sequence[int], **fields: Any) -> None:
+        """cancelled: with a Cancel in the same message."""
+        cancelled = fields.pop("cancelled", False)
         sampling = fields.pop("sampling", {})
         fields.setdefault("num_prompt_tokens", len(tokens))
         submit = worker_pb2.Submit(request_id=request_id, token_ids=tokens, **fields)
         submit.sampling.MergeFrom(type(submit.sampling)(**{"max_tokens": 20, **sampling}))
-        await self._outgoing.put(worker_pb2.RouterMessage(submit=[submit]))
+        cancels = [worker_pb2.Cancel(request_id=request_id)] if cancelled else []
+        await self._outgoing.put(worker_pb2.RouterMessage(submit=[submit], cancel=cancels))
 
     async def cancel(self, request_id: str) -> None:
         cancel = worker_pb2.Cancel(request_id=request_id)

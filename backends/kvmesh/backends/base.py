@@ -63,6 +63,15 @@ class Estimate:
 
 
 @dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Where the device's time in one step went, by the device's clock."""
+
+    total_s: float = 0.0
+    seal_s: float = 0.0  # compressing and checksumming the blocks that filled
+    sealed_blocks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """What a checkpoint says of itself, as far as others need it."""
 
@@ -171,6 +180,11 @@ class Model(Protocol):
         Returns fp32 [number of segments with want_logits, vocab_size], in order: the logits after
         each such segment's last token. Raises ValueError for a segment that breaks its contract.
         """
+        ...
+
+    @property
+    def last_step(self) -> StepTimes:
+        """Of the forward that returned last; all zero before the first."""
         ...
 
     def estimate(self) -> Estimate:

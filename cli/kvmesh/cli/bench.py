@@ -1,6 +1,5 @@
 """`kvmesh bench`: what the mesh costs, measured here and now."""
 
-import tempfile
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -35,6 +34,8 @@ async def mesh(
 
     Without --config the mesh has one worker that does both phases, as the bare engine does.
     """
+    import tempfile
+
     from kvmesh.integration.bench_mesh import BenchPlan, bench_mesh
     from kvmesh.integration.machine import describe_machine
     from kvmesh.services.common.config import WorkerConfig, load_config

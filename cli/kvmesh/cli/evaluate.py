@@ -1,6 +1,5 @@
 """`kvmesh eval`: how often the model is right, through the whole mesh."""
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,7 +65,8 @@ async def _score(
     model: "ModelConfig", plan: "NeedlePlan", on_done: "Callable[[RequestResult], None]"
 ) -> "list[NeedleScore]":
     """Runs one mesh with this codec; two workers share the questions."""
-    from kvmesh.services.router.client import InferenceClient
+    import tempfile
+
     from tokenizers import Tokenizer
 
     from kvmesh.integration.evaluate import needle_cases, score_needles
@@ -74,6 +74,7 @@ async def _score(
     from kvmesh.services.common.checkpoint import checkpoint_path
     from kvmesh.services.common.client import Link
     from kvmesh.services.common.config import MeshConfig, RouterConfig, WorkerConfig
+    from kvmesh.services.router.client import InferenceClient
 
     tokenizer = Tokenizer.from_file(str(checkpoint_path(model) / "tokenizer.json"))
     workers = (WorkerConfig(role="both", count=2),)

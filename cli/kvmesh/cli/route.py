@@ -46,15 +46,20 @@ async def route(
 
 
 def _row(candidate: "inference_pb2.Candidate") -> tuple[object, ...]:
+    terms = (
+        candidate.total_s,
+        candidate.queue_s,
+        candidate.prefill_s,
+        candidate.transfer_s,
+        candidate.decode_s,
+    )
+    # A candidate that was ruled out before it was priced must not look as if it were free.
+    priced = any(terms) or not candidate.rejected
     return (
         "*" if candidate.chosen else "",
         candidate.prefill_worker or "-",
         candidate.decode_worker,
-        milliseconds(candidate.total_s),
-        milliseconds(candidate.queue_s),
-        milliseconds(candidate.prefill_s),
-        milliseconds(candidate.transfer_s),
-        milliseconds(candidate.decode_s),
+        *(milliseconds(term) if priced else "-" for term in terms),
         candidate.local_cached_tokens,
         candidate.remote_cached_tokens,
         candidate.uncached_tokens,

@@ -22,7 +22,7 @@ from kvmesh.services.common.config import MeshConfig, WorkerConfig
 from kvmesh.services.common.sampling import SamplingSettings
 from kvmesh.services.kvcache.keys import root_key
 from kvmesh.services.worker.engine import Engine, Outcome
-from kvmesh.services.worker.scheduler import Limits
+from kvmesh.services.worker.limits import Limits
 from kvmesh.services.worker.sequence import Work
 from kvmesh.services.worker.service import open_configured
 

@@ -15,14 +15,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvmesh.services.router.client import InferenceClient
-
 from kvmesh.integration.bare import READ_RESULT, READ_ROUND, Round, RoundResult
 from kvmesh.integration.launch import running_mesh
 from kvmesh.integration.launch_child import child_environment
 from kvmesh.integration.loadgen import closed_loop, token_request
 from kvmesh.services.common.client import Link
 from kvmesh.services.common.config import MeshConfig
+from kvmesh.services.router.client import InferenceClient
 from kvmesh.v1 import common_pb2
 
 READY_S = 120.0
@@ -36,7 +35,7 @@ class BenchPlan:
     concurrency: tuple[int, ...] = (1, 4, 16, 64)
     prompt_tokens: int = 128
     output_tokens: int = 64
-    requests_per_client: int = 2
+    requests_per_client: int = 4
     rounds: int = 3
     seed: int = 1
 

@@ -22,6 +22,7 @@ from kvmesh.integration.launch_child import (
 )
 from kvmesh.integration.launch_health import wait_serving
 from kvmesh.integration.launch_plan import (
+    CONFIG_EXIT,
     ROUTER,
     MemberProcess,
     Phase,
@@ -43,6 +44,7 @@ from kvmesh.integration.launch_state import (
     write_state,
 )
 from kvmesh.services.common.config import MeshConfig
+from kvmesh.services.common.errors import ConfigError
 from kvmesh.services.common.security import Security, check_binding, load_security
 from kvmesh.services.common.server import DRAIN_S, GRACE_S
 
@@ -117,7 +119,10 @@ class Mesh:
                 await self._changed.wait()
 
     async def wait_ready(self, timeout_s: float = 120.0) -> None:
-        """Until every member is ready and the router's health says that it serves."""
+        """Until every member is ready and the router's health says that it serves.
+
+        Raises ConfigError if a member's configuration cannot work, MeshFailed if one cannot start.
+        """
         try:
             async with asyncio.timeout(timeout_s):
                 await self.wait_for(lambda: self.all_ready, timeout_s)
@@ -244,7 +249,8 @@ class Mesh:
         for member_id, process in self.members.items():
             log = log_path(self.run_dir, member_id)
             if process.phase is Phase.FAILED and process.exit_code is not None:
-                raise MeshFailed(
+                kind = ConfigError if process.exit_code == CONFIG_EXIT else MeshFailed
+                raise kind(
                     f"{member_id} {describe_exit(process.exit_code)} before it was ready: "
                     f"{last_line(log)} (see {log})"
                 )

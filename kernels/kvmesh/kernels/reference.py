@@ -19,7 +19,7 @@ Beyond the clamps the scale is out of fp16's range (n / sqrt d >= 65536) or roun
 Sources: TurboQuant (arXiv 2504.19874); the keys' scale is RaBitQ's and EDEN's unbiased one.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,7 @@ Floats = npt.NDArray[np.float32]
 Octets = npt.NDArray[np.uint8]
 
 
-def _sum_by_halves(x: Floats) -> Floats:
+def _sum_by_halves(x: npt.NDArray[Any]) -> Floats:
     while x.shape[-1] % 2 == 0:
         half = x.shape[-1] // 2
         x = x[..., :half] + x[..., half:]

@@ -101,7 +101,7 @@ def hadamard(x: npt.NDArray[_Float]) -> npt.NDArray[_Float]:
     dim = x.shape[-1]
     matrix = base(dim)
     columns = dim // len(matrix)
-    y = x
+    y: npt.NDArray[Any] = x
     span = 1
     while span < columns:
         pairs = y.reshape(*x.shape[:-1], dim // (2 * span), 2, span)

@@ -13,6 +13,7 @@ from kvmesh.backends.base import (
     ModelOptions,
     ModelSpec,
     Segment,
+    StepTimes,
 )
 from kvmesh.backends.cost.fit import StepFit
 from kvmesh.backends.cpu.memory import memory_bytes, processor_name
@@ -98,14 +99,27 @@ class CpuModel:
         stages.positions[:tokens, 0] = step.positions
         qkv = stages.q[:tokens], stages.k[:tokens], stages.v[:tokens]
         out = stages.attention[:tokens]
+        seal_s = 0.0
         for layer in range(layout.num_layers):
             stages.run(layer, tokens)
-            kernel.run_layer(layout, pool.blocks, pool.tails, plan, layer, qkv, self._centers, out)
+            ready = self._clock()
+            share = kernel.run_layer(
+                layout, pool.blocks, pool.tails, plan, layer, qkv, self._centers, out
+            )
+            seal_s += share * (self._clock() - ready)
         if len(step.filled):
+            sealed = self._clock()
             kernel.finish_blocks(layout, pool.blocks, step.filled)
+            seal_s += self._clock() - sealed
         logits = stages.logits(tokens, step.wanted)
-        self._fit.observe(step.shape, self._clock() - began)
+        total_s = self._clock() - began
+        self._last_step = StepTimes(total_s, seal_s, len(step.filled))
+        self._fit.observe(step.shape, total_s)
         return logits
+
+    @property
+    def last_step(self) -> StepTimes:
+        return self._last_step
 
     def estimate(self) -> Estimate:
         return self._fit.estimate()

@@ -11,6 +11,9 @@ from typing import Any, TypeVar, cast
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
 
@@ -62,6 +65,20 @@ def entry(function: _Kernel) -> _Kernel:
     function.__qualname__ = f"{function.__qualname__}_{_DIGEST}"
     compiled: Any = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
     return cast(_Kernel, compiled)
+
+
+def _read_cycles(typing_context: Any) -> Any:
+    """The processor's cycle counter, uint64; 0 where there is none. Only ratios mean anything."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(64), [])
+        counter = builder.module.declare_intrinsic("llvm.readcyclecounter", fnty=kind)
+        return builder.call(counter, [])
+
+    return types.uint64(), emit
+
+
+cycles: Any = intrinsic(_read_cycles)
 
 
 @kernel

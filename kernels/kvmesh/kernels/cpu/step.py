@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from kvmesh.kernels import block as block_bytes
 from kvmesh.kernels.cpu.attend import attend
-from kvmesh.kernels.cpu.jit import entry
+from kvmesh.kernels.cpu.jit import cycles, entry
 from kvmesh.kernels.cpu.seal import seal_layer
 from kvmesh.kernels.cpu.tile import Pool, geometry, make_scratch, tables
 from kvmesh.kernels.errors import CodecError
@@ -60,10 +60,13 @@ def _misfit(row_start: Any, pos: Any, slot: Any, blocks: Any, rows: int, limits:
 def _run(
     geo: Any, table: Any, pool: Any, tails: Any, layer: int, plan: Any, qkv: Any, centers: Any,
     out: Any,
-) -> int:  # fmt: skip
-    """Runs every segment; returns the first whose K or V could not be sealed, or -1."""
+) -> Any:  # fmt: skip
+    """Runs every segment. Returns (the first whose K or V could not be sealed, or -1; cycles that
+    sealing took; cycles in all)."""
     row_start, pos, slot, blocks = plan
     q, k, v = qkv
+    began = cycles()
+    sealing = began - began
     most = 0
     for s in range(pos.size):
         most = max(most, row_start[s + 1] - row_start[s])
@@ -84,13 +87,14 @@ def _run(
                 geo, table, pool, blocks[s, :before], tail, centers, q[row:end], first, scratch,
                 out[row:end],
             )  # fmt: skip
-            if first + count == BLOCK_SIZE and not seal_layer(
-                geo, table, pool, blocks[s, before], tail, centers
-            ):
-                failed = s if failed < 0 else failed
+            if first + count == BLOCK_SIZE:
+                filled = cycles()
+                if not seal_layer(geo, table, pool, blocks[s, before], tail, centers):
+                    failed = s if failed < 0 else failed
+                sealing += cycles() - filled
             row = end
             at += count
-    return failed
+    return failed, sealing, cycles() - began
 
 
 def run_layer(
@@ -102,7 +106,7 @@ def run_layer(
     qkv: tuple[Floats, Floats, Floats],
     centers: Floats,
     out: Floats,
-) -> None:
+) -> float:
     """Attention of one layer over every token of a step; seals the blocks that fill.
 
     pool: uint8 [num_blocks, layout.block_bytes], changed in place.
@@ -110,6 +114,8 @@ def run_layer(
     qkv: fp32 q [T, Hq, D], k and v [T, Hkv, D], q and k after RoPE.
     centers: fp32 [num_layers, 2, Hkv, D], the model's mean K and V; float codecs ignore them.
     out: fp32 [T, Hq, D], written; scores are scaled by 1/sqrt(D).
+
+    Returns the share of the time, 0 to 1, that sealing took.
 
     Raises ValueError for arrays that do not fit together, before anything is written, and
     CodecError if a block filled that holds a NaN or an infinity; other segments are then complete.
@@ -121,12 +127,13 @@ def run_layer(
     if misfit >= 0:
         raise ValueError(f"segment {misfit} reaches outside the rows, slots or blocks of the step")
     views = Pool(pool, pool.view(np.uint16), pool.view(np.float32))
-    failed = _run(
+    failed, sealing, total = _run(
         geometry(layout, layer), tables(layout, layer), views, tails, layer, arrays, (q, k, v),
         centers[layer], out,
     )  # fmt: skip
     if failed >= 0:
         raise CodecError(f"K or V of segment {failed}, layer {layer} holds a NaN or an infinity")
+    return sealing / total if total else 0.0
 
 
 def _check_shapes(

@@ -5,27 +5,22 @@ caller has to hear goes through one queue.
 """
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 from opentelemetry.context import Context
 
-from kvmesh.services.common.config import RouterConfig
 from kvmesh.services.common.errors import (
     Expired,
     MeshError,
     Overloaded,
     Unavailable,
-    from_status,
 )
-from kvmesh.services.common.telemetry import Telemetry
-from kvmesh.services.router.admission import Admission
-from kvmesh.services.router.core import Decision, RouterCore
+from kvmesh.services.router.core import Decision
 from kvmesh.services.router.cost import Candidate
-from kvmesh.services.router.fleet import Fleet
-from kvmesh.services.router.leg import Leg, LegEnd
-from kvmesh.services.router.prepare import Prepared, check_request, prepare, text_prompt
+from kvmesh.services.router.leg import Leg, LegEnd, error_of
+from kvmesh.services.router.parts import RouterParts, prepare_request
+from kvmesh.services.router.prepare import Prepared
 from kvmesh.services.router.request_spans import RequestSpans
 from kvmesh.services.router.tokens import Speech, Text
 from kvmesh.v1 import common_pb2, inference_pb2, worker_pb2
@@ -33,38 +28,6 @@ from kvmesh.v1 import common_pb2, inference_pb2, worker_pb2
 WORKER_WAIT_S = 30.0  # for a worker to come back, when a running request has lost its last one
 
 _RETRY_ELSEWHERE = (Unavailable, Overloaded)
-
-
-@dataclass(slots=True)
-class RouterParts:
-    """What every request works with. clock: monotonic seconds."""
-
-    config: RouterConfig
-    core: RouterCore
-    admission: Admission
-    fleet: Fleet
-    telemetry: Telemetry
-    clock: Callable[[], float] = time.monotonic
-    draining: bool = False
-    migrations: int = 0
-    idle: asyncio.Event = field(default_factory=asyncio.Event)  # no request is left, in a drain
-
-
-async def prepare_request(
-    parts: RouterParts, request: inference_pb2.GenerateRequest, timeout_s: float
-) -> Prepared:
-    """Raises the MeshError that the caller is to see."""
-    model = check_request(request, parts.fleet.membership.model)
-    text = text_prompt(request)
-    if text is None:
-        prompt = list(request.tokens.ids)
-    else:
-        try:
-            async with asyncio.timeout(timeout_s):
-                prompt = await parts.fleet.tokenizers.encode(text)
-        except TimeoutError as error:
-            raise Expired(f"no token ids of the prompt within {timeout_s:.3f} s") from error
-    return prepare(request, model, prompt, parts.fleet.max_context())
 
 
 class Generation:
@@ -83,7 +46,6 @@ class Generation:
         self._deadline = self._arrived + timeout_s
         self._spans = RequestSpans(parts.telemetry, request, parent)
         self._inbox: asyncio.Queue[Text | LegEnd | MeshError] = asyncio.Queue()
-        self._prepared: Prepared | None = None
         self._output: list[int] = []
         self._logprobs: list[common_pb2.TokenLogprob] = []
         self._speech: Speech | None = None
@@ -109,9 +71,10 @@ class Generation:
             parts.admission.enter(ticket, self._arrived)
             prepared = await self._prepare()
             self._begin(prepared)
-            async for response in self._respond(prepared):
-                finished = bool(response.finish_reason)
-                yield response
+            async with aclosing(self._respond(prepared)) as responses:  # type: ignore[type-var]
+                async for response in responses:
+                    finished = bool(response.finish_reason)
+                    yield response
         except MeshError as error:
             self._spans.failed(error)
             raise
@@ -137,7 +100,7 @@ class Generation:
             self._finish = reason
             self._speech.ending = True
         elif reason:
-            self._inbox.put_nowait(LegEnd(leg, reason, _error_of(update)))
+            self._inbox.put_nowait(LegEnd(leg, reason, error_of(update)))
         if update.token_ids or self._speech.ending:
             self._usage.duration_s = self._parts.clock() - self._arrived
             self._parts.fleet.tokenizers.say(self._speech)
@@ -161,7 +124,6 @@ class Generation:
 
     def _begin(self, prepared: Prepared) -> None:
         """Raises Overloaded or Unavailable if no worker can take it now."""
-        self._prepared = prepared
         self._usage.prompt_tokens = len(prepared.prompt)
         self._usage.seed = prepared.sampling.seed
         decision = self._choose(prepared, handover=True)
@@ -228,22 +190,21 @@ class Generation:
             if not isinstance(lost, _RETRY_ELSEWHERE):
                 raise lost
             self._excluded |= {leg.worker}
-            if isinstance(lost, Overloaded) and not self._others(prepared):
+            if isinstance(lost, Unavailable):
+                self._count_migration(lost)
+            elif self._choose(prepared, handover=False).chosen is None:
                 raise lost
-        if end.reason != common_pb2.FINISH_REASON_ERROR:
-            self._count_migration(leg, lost)
+        elif end.reason != common_pb2.FINISH_REASON_ERROR:
+            self._count_migration(lost)
         # What a prefill worker could not do, the decode worker does.
         await self._go_on(prepared, self._decode_worker if leg.prefill_only else "", "", lost)
 
-    def _count_migration(self, leg: Leg, lost: MeshError) -> None:
+    def _count_migration(self, lost: MeshError) -> None:
         limit = self._parts.config.max_migrations
         if self._usage.migrations >= limit:
             raise Unavailable(f"{lost}, after {limit} migrations (max_migrations)")
         self._usage.migrations += 1
         self._parts.migrations += 1
-
-    def _others(self, prepared: Prepared) -> bool:
-        return self._choose(prepared, handover=False).chosen is not None
 
     async def _go_on(
         self, prepared: Prepared, wanted: str, tail: str, why: MeshError | None = None
@@ -258,19 +219,21 @@ class Generation:
         self._send(prepared, chosen.decode_worker, uncached=chosen.prompt.uncached)
 
     async def _wait_for_worker(self, prepared: Prepared) -> Candidate:
-        limit_s = min(WORKER_WAIT_S, self._left_s())
+        left_s = self._left_s()
+        decision = self._choose(prepared, handover=False)
         try:
-            async with asyncio.timeout(limit_s):
-                while True:
-                    decision = self._choose(prepared, handover=False)
-                    if decision.chosen is not None:
-                        return decision.chosen
+            async with asyncio.timeout(min(WORKER_WAIT_S, left_s)):
+                while decision.chosen is None:
                     self._excluded = frozenset()
                     await self._parts.fleet.wait_changed()
+                    decision = self._choose(prepared, handover=False)
         except TimeoutError as error:
+            if left_s <= WORKER_WAIT_S:
+                raise self._expired() from error
             raise Unavailable(
-                f"no worker came back within {limit_s:.1f} s: {decision.reason}"
+                f"no worker came back within {WORKER_WAIT_S:g} s: {decision.reason}"
             ) from error
+        return decision.chosen
 
     def _choose(self, prepared: Prepared, handover: bool) -> Decision:
         with self._spans.route() as span:
@@ -324,10 +287,7 @@ class Generation:
         self._spans.first_token()
         if not self._output:
             self._usage.ttft_s = self._parts.clock() - self._arrived
-            self._usage.cached_tokens = min(update.cached_tokens, len(self._prompt()))
-
-    def _prompt(self) -> list[int]:
-        return self._prepared.prompt if self._prepared is not None else []
+            self._usage.cached_tokens = update.cached_tokens
 
     def _left_s(self) -> float:
         return max(0.001, self._deadline - self._parts.clock())
@@ -339,10 +299,3 @@ class Generation:
             self._leg = None
         if self._speech is not None:
             self._parts.fleet.tokenizers.release(self._speech)
-
-
-def _error_of(update: worker_pb2.TokenUpdate) -> MeshError | None:
-    if not update.HasField("error"):
-        return None
-    error = update.error
-    return from_status(error.code, error.message, error.retry_after_ms)

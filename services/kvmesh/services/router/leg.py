@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvmesh.services.common.errors import MeshError
+from kvmesh.services.common.errors import MeshError, from_status
 from kvmesh.services.router.worker_link import WorkerLink
 from kvmesh.services.router.workers import WorkerTable
 from kvmesh.v1 import common_pb2, worker_pb2
@@ -62,3 +62,11 @@ class LegEnd:
     leg: Leg
     reason: common_pb2.FinishReason.ValueType
     error: MeshError | None
+
+
+def error_of(update: worker_pb2.TokenUpdate) -> MeshError | None:
+    """The error that an update carries; None if it has none."""
+    if not update.HasField("error"):
+        return None
+    error = update.error
+    return from_status(error.code, error.message, error.retry_after_ms)

@@ -14,8 +14,8 @@ from kvmesh.services.common.server import Listener
 from kvmesh.services.router.admission import Admission
 from kvmesh.services.router.core import RouterCore
 from kvmesh.services.router.fleet import Fleet
-from kvmesh.services.router.generation import RouterParts
 from kvmesh.services.router.membership import Membership
+from kvmesh.services.router.parts import RouterParts
 from kvmesh.services.router.servicer import InferenceServicer, MeshServicer, OwnEntry
 from kvmesh.v1 import inference_pb2_grpc, mesh_pb2_grpc
 

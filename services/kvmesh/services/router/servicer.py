@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvmesh.services.common.telemetry import extract
-from kvmesh.services.router.generation import Generation, RouterParts, prepare_request
+from kvmesh.services.router.generation import Generation
 from kvmesh.services.router.membership import Lease
+from kvmesh.services.router.parts import RouterParts, prepare_request
 from kvmesh.v1 import inference_pb2 as pb
 from kvmesh.v1 import inference_pb2_grpc, mesh_pb2, mesh_pb2_grpc
 

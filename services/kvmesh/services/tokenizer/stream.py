@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 
 import grpc
 
@@ -73,7 +74,7 @@ class DetokenizeStream:
         self._stub = tokenizer_pb2_grpc.TokenizerStub(link.channel)
         self._sequences: dict[str, _Sequence] = {}
         self._waiting: deque[_Batch] = deque()
-        self._sent: deque[_Batch] = deque()
+        self._sent: deque[list[_Batch]] = deque()  # what each unanswered message holds
         self._wake = asyncio.Event()
         self._num_streams = 0
         self._task: asyncio.Task[None] | None = None
@@ -114,6 +115,9 @@ class DetokenizeStream:
         """
         if self._closed:
             raise Unavailable("the stream to the tokenizer is closed")
+        for item in items:
+            if item.token_ids and not 0 <= min(item.token_ids) <= max(item.token_ids) < 1 << 32:
+                raise InvalidRequest(f"request {item.request_id!r} has ids outside 0..2**32-1")
         answers = [pb.DetokenizedText(request_id=item.request_id, stopped=True) for item in items]
         at: list[int] = []
         parts: list[_Part] = []
@@ -172,8 +176,8 @@ class DetokenizeStream:
             await self._wake.wait()
             known, lost = await self._until_broken()
             if lost:
-                self._waiting = self._sent + self._waiting
-                self._sent = deque()
+                self._waiting.extendleft(b for m in reversed(self._sent) for b in reversed(m))
+                self._sent.clear()
                 self._drop_given_up()
             else:
                 self._fail(known)
@@ -186,6 +190,8 @@ class DetokenizeStream:
         except grpc.aio.AioRpcError as error:
             known = from_rpc(error, f"tokenizer at {self._link.address}")
             return known, error.code() in _LOST
+        except MeshError as error:
+            return error, False
         except Exception as error:
             logger.exception("unexpected answer of the tokenizer")
             return MeshError(f"the stream to the tokenizer failed: {error}"), False
@@ -211,12 +217,11 @@ class DetokenizeStream:
             while True:
                 await self._wake.wait()
                 self._wake.clear()
-                items: list[pb.DetokenizeItem] = []
-                while self._waiting:
-                    batch = self._waiting.popleft()
-                    self._sent.append(batch)
-                    items += [self._item(part) for part in batch.parts]
-                if items:
+                batches = list(self._waiting)
+                self._waiting.clear()
+                if batches:
+                    self._sent.append(batches)
+                    items = [self._item(part) for batch in batches for part in batch.parts]
                     await call.write(pb.DetokenizeRequest(items=items))
 
     def _item(self, part: _Part) -> pb.DetokenizeItem:
@@ -237,8 +242,10 @@ class DetokenizeStream:
 
     def _take(self, response: pb.DetokenizeResponse) -> None:
         answers = list(response.items)
-        while answers:
-            batch = self._sent.popleft()
+        asked = sum(len(batch.parts) for batch in self._sent[0]) if self._sent else 0
+        if asked != len(answers):
+            raise MeshError(f"the tokenizer answered {len(answers)} items, was asked {asked}")
+        for batch in self._sent.popleft():
             own, answers = answers[: len(batch.parts)], answers[len(batch.parts) :]
             for part, answer in zip(batch.parts, own, strict=True):
                 self._count(part, answer)
@@ -268,7 +275,7 @@ class DetokenizeStream:
             self._wake.set()
 
     def _fail(self, error: MeshError) -> None:
-        for batch in (*self._sent, *self._waiting):
+        for batch in (*chain.from_iterable(self._sent), *self._waiting):
             if not batch.reply.done():
                 batch.reply.set_exception(error)
                 batch.reply.exception()  # a dropped request's answer is awaited by nobody

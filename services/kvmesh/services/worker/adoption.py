@@ -60,6 +60,7 @@ class Adoption:
             self.rejected += 1
             return False
         cache.seal(block, sequence.key(self.done))
+        cache.share(sequence.key(self.done))
         return True
 
     def _finish(self, sequence: Sequence, pool: PoolPort) -> None:

@@ -29,6 +29,7 @@ class BlockCache:
         self._key_of: dict[int, bytes] = {}
         self._id_of: dict[bytes, int] = {}
         self._unused: OrderedDict[int, None] = OrderedDict()  # cached, the next to evict first
+        self._shared: set[bytes] = set()  # keys held whose blocks shards were given, or gave
         self._changes: dict[bytes, bool] = {}  # key -> whether it was held at the last drain
 
     @property
@@ -107,6 +108,18 @@ class BlockCache:
             del self._unused[block]
             self._free.append(block)
 
+    def share(self, key: bytes) -> bool:
+        """Notes that the shards get this block; False if they have it already."""
+        if key in self._shared:
+            return False
+        if key in self._id_of:
+            self._shared.add(key)
+        return True
+
+    def unshare(self, keys: Sequence[bytes]) -> None:
+        """The shards did not take these after all."""
+        self._shared.difference_update(keys)
+
     def keys(self) -> tuple[bytes, ...]:
         """All keys held."""
         return tuple(self._id_of)
@@ -131,11 +144,13 @@ class BlockCache:
         assert min(self._references, default=0) >= 0, "a block was released too often"
         assert unused <= self._key_of.keys(), "a cached block has no key"
         assert not free & self._key_of.keys(), "a free block has a key"
+        assert self._shared <= self._id_of.keys(), "a key is shared that is not held"
         assert self._id_of == {key: i for i, key in self._key_of.items()}, "keys and ids differ"
 
     def _forget_key(self, block: int) -> None:
         key = self._key_of.pop(block)
         del self._id_of[key]
+        self._shared.discard(key)
         self._note(key, was_held=True)
 
     def _note(self, key: bytes, was_held: bool) -> None:

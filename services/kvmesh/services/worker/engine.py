@@ -17,8 +17,9 @@ from kvmesh.kernels.layout import BLOCK_SIZE
 from kvmesh.services.common.errors import MeshError
 from kvmesh.services.kvcache.client import SealedBlock
 from kvmesh.services.worker.blocks import CacheEvents
+from kvmesh.services.worker.limits import Counters, Limits, Planned
 from kvmesh.services.worker.sampler import sample
-from kvmesh.services.worker.scheduler import Counters, Limits, Planned, Scheduler
+from kvmesh.services.worker.scheduler import Scheduler
 from kvmesh.services.worker.sequence import (
     Fetched,
     Sequence,
@@ -153,6 +154,10 @@ class Engine:
         """Answers a FetchWish."""
         self._post(partial(self._fetched, ticket, fetched))
 
+    def unshare(self, keys: tuple[bytes, ...]) -> None:
+        """The shards did not take the exported blocks with these keys."""
+        self._post(partial(self._scheduler.cache.unshare, keys))
+
     def inspect(self, look: Callable[[Scheduler], None]) -> None:
         """Calls `look` between two steps, in the engine's thread."""
         self._post(partial(look, self._scheduler))
@@ -206,7 +211,9 @@ class Engine:
             logger.exception("a step of %d sequences failed", len(plan))
             self._fail([step.sequence for step in plan])
             return
-        self._scheduler.apply(plan, sampled, self._clock())
+        times = self._model.last_step
+        block_seal_s = times.seal_s / max(times.sealed_blocks, 1)
+        self._scheduler.apply(plan, sampled, self._clock(), block_seal_s)
 
     def _fail(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:

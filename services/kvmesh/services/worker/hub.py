@@ -18,6 +18,7 @@ from kvmesh.services.common import names
 from kvmesh.services.common.errors import InvalidRequest, MeshError, Unavailable
 from kvmesh.services.common.telemetry import Telemetry, context_of, extract, inject
 from kvmesh.services.worker.engine import Engine, Exported, FetchWish, Outcome
+from kvmesh.services.worker.limits import Limits
 from kvmesh.services.worker.messages import (
     Receipt,
     end_update,
@@ -26,7 +27,6 @@ from kvmesh.services.worker.messages import (
     token_update,
 )
 from kvmesh.services.worker.outbox import Outbox
-from kvmesh.services.worker.scheduler import Limits
 from kvmesh.services.worker.sequence import Fetched, Finish, Sequence, Tail, Update
 from kvmesh.services.worker.spans import RequestSpans
 from kvmesh.services.worker.tails import KeptTails
@@ -199,8 +199,9 @@ class Hub:
             self._end(request, end_update(request.request_id, Finish.ERROR, error))
             _refused(request.span, error)
         for wish in outcome.wishes:
-            request = self._requests[wish.work.ticket]
-            request.task = asyncio.create_task(self._fetch(request, wish))
+            wanting = self._requests.get(wish.work.ticket)
+            if wanting is not None:  # else it was cancelled before it could be fetched for
+                wanting.task = asyncio.create_task(self._fetch(wanting, wish))
         for exported in outcome.exports:
             self._store(exported)
 
@@ -219,7 +220,8 @@ class Hub:
             self._spans.finish(request.span, update.sequence)
 
     def _store(self, exported: Exported) -> None:
-        stored = self._transfer.put(exported)
+        keys = tuple(block.key for block in exported.blocks)
+        stored = self._transfer.put(exported, lambda: self.engine.unshare(keys))
         request = self._requests.get(exported.work.ticket)
         if exported.handover and request is not None:
             if exported.tail is not None:

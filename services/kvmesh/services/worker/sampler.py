@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from kvmesh.services.common.sampling import SamplingSettings
 
-FIRST_CANDIDATES = 256  # tried before all ids are sorted; top_p rarely keeps more
+BUCKETS_PER_NAT = 64  # how finely top_p tells logits apart before it sorts
+LAST_BUCKET = 64 * 50  # beyond e**-50 of the most likely
 
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
@@ -132,14 +133,14 @@ def _sample_row(logits: npt.NDArray[np.float32], choice: Choice) -> Sampled | No
 def _draw(row: Floats, choice: Choice) -> int:
     settings = choice.settings
     scaled = (row - row.max()) / settings.temperature  # the largest is 0, so nothing overflows
-    ids = _truncate(scaled, settings)
+    ids = truncate(scaled, settings)
     kept = scaled if ids is None else scaled[ids]
     noise = gumbel(settings.seed or 0, choice.position, len(row), ids)
     place = int((kept + noise).argmax())
     return place if ids is None else int(ids[place])
 
 
-def _truncate(scaled: Floats, settings: SamplingSettings) -> Ids | None:
+def truncate(scaled: Floats, settings: SamplingSettings) -> Ids | None:
     """The ids that top_k, top_p and min_p leave, or None for all.
 
     scaled: logits over temperature, shifted so that the largest is 0.
@@ -157,18 +158,22 @@ def _truncate(scaled: Floats, settings: SamplingSettings) -> Ids | None:
 
 
 def _top_p(scaled: Floats, ids: Ids | None, top_p: float) -> Ids:
-    """The fewest most likely ids whose probabilities sum to top_p or more; never none."""
-    total = float(np.exp(scaled if ids is None else scaled[ids]).sum())
-    if ids is not None:
-        return _cut(scaled, ids, top_p * total)[0]
-    kept, enough = _cut(scaled, top_ids(scaled, FIRST_CANDIDATES), top_p * total)
-    return kept if enough else _cut(scaled, top_ids(scaled, len(scaled)), top_p * total)[0]
+    """The fewest most likely ids whose probabilities sum to top_p or more; never none.
 
-
-def _cut(scaled: Floats, ids: Ids, mass: float) -> tuple[Ids, bool]:
-    cumulated = np.cumsum(np.exp(scaled[ids]))
-    before = int(np.searchsorted(cumulated, mass, side="left"))
-    return ids[: before + 1], before < len(ids)
+    Only the values near the border are sorted: the rest is told apart by counting in buckets.
+    """
+    values = scaled if ids is None else scaled[ids]
+    weights = np.exp(values)
+    mass = top_p * float(weights.sum())
+    bucket = np.minimum(values * -BUCKETS_PER_NAT, LAST_BUCKET).astype(np.int64)
+    reached = np.cumsum(np.bincount(bucket, weights))
+    border = min(int(np.searchsorted(reached, mass)), len(reached) - 1)
+    at_border = np.flatnonzero(bucket == border)
+    at_border = at_border[np.argsort(-values[at_border], kind="stable")]
+    above = reached[border - 1] if border else 0.0
+    count = int(np.searchsorted(above + np.cumsum(weights[at_border]), mass)) + 1
+    kept = np.concatenate((np.flatnonzero(bucket < border), at_border[:count]))
+    return kept if ids is None else ids[kept]
 
 
 def top_ids(row: Floats, count: int) -> Ids:

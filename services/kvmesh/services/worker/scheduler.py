@@ -6,60 +6,16 @@ front of the queue; what it had said stands, and it goes on from there with the 
 """
 
 from collections import deque
-from dataclasses import dataclass, replace
 
 from kvmesh.kernels.layout import BLOCK_SIZE
-from kvmesh.services.common.errors import Expired, InvalidRequest, MeshError, Overloaded
+from kvmesh.services.common.errors import Expired, MeshError, Overloaded
 from kvmesh.services.worker.adoption import Adoption, PoolPort
 from kvmesh.services.worker.blocks import BlockCache
+from kvmesh.services.worker.limits import Counters, Limits, Planned
 from kvmesh.services.worker.sampler import Sampled
 from kvmesh.services.worker.sequence import Fetched, Finish, Sequence, State, Update, Work
 
 ADOPT_BLOCKS = 16  # cached blocks verified or imported per step
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """slots: sequences that run at once. step_tokens: most tokens of one step.
-
-    prefill_chunk: most prompt tokens of a step in which others decode.
-    """
-
-    slots: int
-    num_blocks: int
-    max_context: int
-    max_waiting: int = 256
-    step_tokens: int = 512
-    prefill_chunk: int = 256
-
-    @property
-    def max_tokens(self) -> int:
-        """Tokens that a sequence may have, prompt and output together."""
-        return min(self.max_context, self.num_blocks * BLOCK_SIZE)
-
-
-@dataclass(frozen=True, slots=True)
-class Planned:
-    """Tokens [start, start + count) of a sequence; with `want_logits` the next one is chosen."""
-
-    sequence: Sequence
-    start: int
-    count: int
-    want_logits: bool
-
-
-@dataclass(slots=True)
-class Counters:
-    """Since the process started. checksum_failures: blocks and tails that did not verify."""
-
-    preemptions: int = 0
-    checksum_failures: int = 0
-    tokens_generated: int = 0
-    tokens_prefilled: int = 0
-    steps: int = 0
-
-    def copy(self) -> "Counters":
-        return replace(self)
 
 
 class Scheduler:
@@ -111,7 +67,7 @@ class Scheduler:
 
         Raises InvalidRequest if it can never run, Overloaded if the queue is full.
         """
-        self._check(work)
+        self.limits.check(work)
         if self.num_waiting >= self.limits.max_waiting:
             raise Overloaded(
                 f"{self.num_waiting} requests wait here, at most {self.limits.max_waiting} may"
@@ -165,8 +121,17 @@ class Scheduler:
                 step.sequence.timeline.first_step = now
         return planned
 
-    def apply(self, plan: list[Planned], sampled: list[Sampled | None], now: float) -> None:
-        """Takes the results of a step; `sampled` has one entry per planned `want_logits`."""
+    def apply(
+        self,
+        plan: list[Planned],
+        sampled: list[Sampled | None],
+        now: float,
+        block_seal_s: float = 0.0,
+    ) -> None:
+        """Takes the results of a step; `sampled` has one entry per planned `want_logits`.
+
+        block_seal_s: device seconds that sealing each block that filled took.
+        """
         self.counters.steps += bool(plan)
         results = iter(sampled)
         for step in plan:
@@ -177,7 +142,7 @@ class Scheduler:
                 self.counters.tokens_prefilled += step.count
             for index in range(step.start // BLOCK_SIZE, sequence.computed // BLOCK_SIZE):
                 self.cache.seal(sequence.blocks[index], sequence.key(index))
-                sequence.sealed_here += 1
+                sequence.note_seal(block_seal_s)
             if step.want_logits:
                 self._take(sequence, next(results), now)
 
@@ -187,7 +152,7 @@ class Scheduler:
         return updates
 
     def exports(self, budget: int) -> list[tuple[Sequence, int]]:
-        """Up to `budget` (sequence, block index) that shards should get; all of a hand-over.
+        """Up to `budget` (sequence, block index) that shards do not have; all of a hand-over.
 
         The caller exports them before the next `plan`, then calls `settle`.
         """
@@ -196,7 +161,8 @@ class Scheduler:
             whole = sequence.finish is Finish.HANDOVER
             stop = self._export_stop(sequence)
             while sequence.next_export < stop and (whole or len(chosen) < budget):
-                chosen.append((sequence, sequence.next_export))
+                if self.cache.share(sequence.key(sequence.next_export)):
+                    chosen.append((sequence, sequence.next_export))
                 sequence.next_export += 1
         return chosen
 
@@ -231,25 +197,6 @@ class Scheduler:
         assert len(slots) == total, f"{len(slots)} of {total} slots"
         held = sum(len(s.blocks) for s in holders)
         assert self.cache.num_references == held, "references without a holder"
-
-    def _check(self, work: Work) -> None:
-        size = len(work.token_ids)
-        if not 0 < work.num_prompt <= size:
-            raise InvalidRequest(f"num_prompt_tokens is {work.num_prompt}, must be in 1..{size}")
-        if size >= self.limits.max_context:
-            raise InvalidRequest(
-                f"{size} tokens leave no room for output in a context of {self.limits.max_context}"
-            )
-        needed = -(-(size + 1) // BLOCK_SIZE)
-        if needed > self.limits.num_blocks:
-            raise InvalidRequest(
-                f"{size} tokens need {needed} blocks, this worker has {self.limits.num_blocks}"
-            )
-        most = work.settings.max_tokens
-        if most is not None and size - work.num_prompt >= most:
-            raise InvalidRequest(
-                f"{size - work.num_prompt} output tokens are given, max_tokens is {most}"
-            )
 
     def _expire(self, now: float) -> None:
         for sequence in list(self._active):
@@ -296,7 +243,6 @@ class Scheduler:
         sequence.fetched = None
         if sequence.timeline.first_step is None:
             sequence.cached_tokens = min(sequence.computed, sequence.work.num_prompt)
-            sequence.next_export = adoption.done
 
     def _plan_prefill(self, ready: list[Sequence], num_decodes: int) -> list[Planned]:
         budget = self.limits.step_tokens - num_decodes

@@ -150,7 +150,9 @@ class Sequence:
         self.steps = 0
         self.cached_tokens = 0
         self.sealed_here = 0  # blocks filled by this process's own steps
-        self.next_export = 0  # index of the first block that no shard may have yet
+        self.prefill_seal_s = 0.0  # device seconds of sealing them, before the first token
+        self.decode_seal_s = 0.0  # and after it
+        self.next_export = 0  # blocks before this index have been offered to the shards
         self.fetched: Fetched | None = None
         self.finish: Finish | None = None
         self.history: TokenHistory | None = None
@@ -214,6 +216,14 @@ class Sequence:
     def block_table(self) -> npt.NDArray[np.int32]:
         """The pool ids as an array; entries after len(blocks) mean nothing."""
         return self._table
+
+    def note_seal(self, seconds: float) -> None:
+        """A block was filled; `seconds` is its part of the step's sealing."""
+        self.sealed_here += 1
+        if self.generated:
+            self.decode_seal_s += seconds
+        else:
+            self.prefill_seal_s += seconds
 
     def hold(self, ids: list[int]) -> None:
         """Takes over references to the next blocks of this sequence."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import grpc
 
 from kvmesh.backends.base import Model, ModelOptions
+from kvmesh.backends.errors import BackendError
 from kvmesh.backends.registry import open_model
 from kvmesh.services.common.checkpoint import checkpoint_path
 from kvmesh.services.common.client import Deadlines, Link, Links
@@ -16,8 +17,8 @@ from kvmesh.services.common.lease import MembershipLease
 from kvmesh.services.common.process import ProcessContext
 from kvmesh.services.common.server import Listener
 from kvmesh.services.worker.hub import Hub
+from kvmesh.services.worker.limits import Limits
 from kvmesh.services.worker.messages import model_info
-from kvmesh.services.worker.scheduler import Limits
 from kvmesh.services.worker.servicer import WorkerServicer
 from kvmesh.services.worker.transfer import Transfer
 from kvmesh.v1 import mesh_pb2, worker_pb2_grpc
@@ -91,7 +92,10 @@ class WorkerService:
     async def start(self, addresses: Sequence[str]) -> None:
         """Opens the model, generates a probe token, then joins the mesh if there is one."""
         config, context = self._context.config, self._context
-        model = await asyncio.to_thread(self._opener, config, self._worker)
+        try:
+            model = await asyncio.to_thread(self._opener, config, self._worker)
+        except BackendError as error:  # trying again would not mend a checkpoint or a machine
+            raise ConfigError(str(error)) from error
         self._model = model
         self._transfer = Transfer(
             self._links,

@@ -32,11 +32,13 @@ class RequestSpans:
             prefill.set_attribute(names.TOKENS, len(work.token_ids) - sequence.cached_tokens)
             prefill.set_attribute(names.CACHED_TOKENS, sequence.cached_tokens)
             prefill.set_attribute(names.BLOCKS, sequence.sealed_here)
+            self._seal(prefill, sequence, first_token)
             prefill.end(self._ns(first_token))
         if times.first_token is not None and sequence.generated > 1:
             decode = self._child(span, names.SPAN_DECODE, (times.first_token, ended))
             decode.set_attribute(names.STEPS, sequence.steps)
             decode.set_attribute(names.TOKENS, sequence.generated)
+            decode.set_attribute(names.SEAL_SECONDS, sequence.decode_seal_s)
             for at, count in times.marks:
                 decode.add_event("token", {names.TOKENS: count}, timestamp=self._ns(at))
             decode.end(self._ns(ended))
@@ -46,6 +48,14 @@ class RequestSpans:
         if sequence.finish is Finish.ERROR:
             span.set_status(Status(StatusCode.ERROR))
         span.end()
+
+    def _seal(self, prefill: trace.Span, sequence: Sequence, first_token: float) -> None:
+        """One span for what is spread over the layers of each step: the sum, set at the end."""
+        if sequence.prefill_seal_s:
+            began = first_token - sequence.prefill_seal_s
+            seal = self._child(prefill, names.SPAN_SEAL, (began, first_token))
+            seal.set_attribute(names.AGGREGATED, True)
+            seal.end(self._ns(first_token))
 
     def _child(self, span: trace.Span, name: str, times: tuple[float, float]) -> trace.Span:
         return self._telemetry.start(name, context_of(span), start_ns=self._ns(times[0]))

@@ -6,7 +6,7 @@ Nothing here ends a request: what does not arrive is computed again, what cannot
 import asyncio
 import logging
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from opentelemetry import context as otel_context
@@ -17,7 +17,7 @@ from kvmesh.services.common import names
 from kvmesh.services.common.client import Deadlines, Links
 from kvmesh.services.common.errors import MeshError, NotFound
 from kvmesh.services.common.telemetry import Telemetry, extract
-from kvmesh.services.kvcache.client import KvCacheClient, SealedBlock
+from kvmesh.services.kvcache.client import KvCacheClient
 from kvmesh.services.worker.client import WorkerClient
 from kvmesh.services.worker.engine import Exported, FetchWish
 from kvmesh.services.worker.messages import block_format
@@ -55,13 +55,19 @@ class Transfer:
             )
         return Fetched(blocks, tail)
 
-    def put(self, exported: Exported) -> asyncio.Task[None] | None:
-        """Stores blocks in the background; None if there is nothing to store, or no room to."""
+    def put(self, exported: Exported, on_failure: Callable[[], None]) -> asyncio.Task[None] | None:
+        """Stores blocks in the background; None if there is nothing to store, or no room to.
+
+        on_failure: called unless all shards that should have them took all.
+        """
+        if not exported.blocks:
+            return None
         size = sum(len(block.data) for block in exported.blocks)
-        if not exported.blocks or self._put_bytes + size > MAX_PUT_BYTES:
+        if self._put_bytes + size > MAX_PUT_BYTES:
+            on_failure()
             return None
         self._put_bytes += size
-        task = asyncio.create_task(self._put(exported.work, exported.blocks, size))
+        task = asyncio.create_task(self._put(exported, size, on_failure))
         self._puts.add(task)
         task.add_done_callback(self._puts.discard)
         return task
@@ -122,14 +128,16 @@ class Transfer:
             return "its bytes do not match their checksum"
         return None
 
-    async def _put(self, work: Work, blocks: Sequence[SealedBlock], size: int) -> None:
+    async def _put(self, exported: Exported, size: int, on_failure: Callable[[], None]) -> None:
         try:
-            with self._span(names.SPAN_KV_PUT, work) as span:
-                span.set_attribute(names.BLOCKS, len(blocks))
+            with self._span(names.SPAN_KV_PUT, exported.work) as span:
+                span.set_attribute(names.BLOCKS, len(exported.blocks))
                 span.set_attribute(names.BYTES, size)
-                result = await self._cache.put(blocks, work.shards)
+                result = await self._cache.put(exported.blocks, exported.work.shards)
                 if result.failed_shards:
                     span.set_attribute(names.REASON, "failed: " + ", ".join(result.failed_shards))
+            if result.failed_shards or result.refused:
+                on_failure()
         finally:
             self._put_bytes -= size
 

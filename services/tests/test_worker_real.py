@@ -1,0 +1,96 @@
+"""A worker with a real, tiny random checkpoint on the CPU backend, against itself and torch."""
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from worker_harness import attached, settled, shard, worker
+
+from kvmesh.backends.base import Model, ModelOptions
+from kvmesh.backends.registry import open_model
+
+PROMPTS = [np.random.default_rng(i).integers(3, 120, 30 + 45 * i).tolist() for i in range(5)]
+SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 12, "max_tokens": 40, "ignore_eos": True}
+GREEDY = {"max_tokens": 40, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("worker") / "tiny"
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(3)
+    config = transformers.LlamaConfig(
+        vocab_size=131, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=32, initializer_range=0.2,
+        max_position_embeddings=512, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def opened(folder: Path) -> Iterator[list[Model]]:
+    """Two models of the same checkpoint, with blocks for few sequences at once."""
+    options = ModelOptions(codec="k4v4", num_blocks=12, num_slots=4)
+    with (
+        closing(open_model("cpu", folder, options)) as one,
+        closing(open_model("cpu", folder, options)) as two,
+    ):
+        yield [one, two]
+
+
+async def test_tokens_are_the_same_alone_together_cached_and_handed_over(
+    opened: list[Model],
+) -> None:
+    async with (
+        shard() as (_, shard_address),
+        worker(opened[0], slots=4, prefill_chunk=37) as (one, one_address),
+        worker(opened[1], slots=4, prefill_chunk=200) as (two, two_address),
+        attached(one_address) as first,
+        attached(two_address) as second,
+    ):
+        for i, prompt in enumerate(PROMPTS):  # one at a time
+            await first.submit(f"alone {i}", prompt, sampling=SAMPLED)
+            await first.end_of(f"alone {i}")
+        for i, prompt in enumerate(PROMPTS):  # all at once, with prefix hits and pre-emption
+            await first.submit(f"again {i}", prompt, sampling=SAMPLED)
+        shards = [shard_address]
+        for i, prompt in enumerate(PROMPTS):
+            await first.end_of(f"again {i}")
+            await first.submit(
+                f"over {i}", prompt, sampling=SAMPLED, prefill_only=True, shard_addresses=shards
+            )
+            await first.end_of(f"over {i}")
+            await second.submit(
+                f"over {i}", prompt + first.tokens[f"over {i}"], num_prompt_tokens=len(prompt),
+                sampling=SAMPLED, tail_address=one_address, shard_addresses=shards,
+            )  # fmt: skip
+            await second.end_of(f"over {i}")
+            alone = first.tokens[f"alone {i}"]
+            assert len(alone) == 40
+            assert first.tokens[f"again {i}"] == alone, i
+            assert first.tokens[f"over {i}"] + second.tokens[f"over {i}"] == alone, i
+            assert second.updates[f"over {i}"][0].cached_tokens > 0
+        await settled(one)
+        await settled(two)
+
+
+async def test_exact_blocks_say_what_torch_says(folder: Path) -> None:
+    reference = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    options = ModelOptions(codec="fp32", num_blocks=12, num_slots=4)
+    with closing(open_model("cpu", folder, options)) as model:
+        async with worker(model, slots=4) as (_, address), attached(address) as router:
+            for i, prompt in enumerate(PROMPTS[:3]):
+                await router.submit(str(i), prompt, sampling=GREEDY)
+            for i, prompt in enumerate(PROMPTS[:3]):
+                await router.end_of(str(i))
+                with torch.no_grad():
+                    tokens = reference.generate(
+                        torch.tensor([prompt]), max_new_tokens=40, do_sample=False,
+                        eos_token_id=None, pad_token_id=0,
+                    )  # fmt: skip
+                assert router.tokens[str(i)] == tokens[0, len(prompt) :].tolist(), i
