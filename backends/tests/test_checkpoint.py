@@ -83,7 +83,7 @@ def test_llama3_keeps_short_waves_and_slows_long_ones():
         ({"hidden_size": "128"}, "hidden_size is '128'"),
         ({"hidden_size": 130}, "hidden_size 130 is not a multiple"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of .* 3"),
-        ({"head_dim": 48}, "head_dim 48 is not supported"),
+        ({"head_dim": 52}, "head_dim 52 is not supported"),
         ({"rms_norm_eps": -1}, "rms_norm_eps is -1"),
         ({"eos_token_id": "2"}, "eos_token_id is '2'"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import trustme
-from kvmesh.services.router.client import InferenceClient
 from meshes import mesh_config, prompts
 
 from kvmesh.integration.launch import running_mesh
@@ -13,6 +12,7 @@ from kvmesh.services.common.client import Link
 from kvmesh.services.common.config import MeshConfig, RouterConfig, SecurityConfig, WorkerConfig
 from kvmesh.services.common.errors import ConfigError
 from kvmesh.services.common.security import Security
+from kvmesh.services.router.client import InferenceClient
 from kvmesh.v1 import common_pb2
 
 GREEDY = common_pb2.SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)

@@ -23,16 +23,17 @@ SEALED = sealed().tobytes()
 
 
 @pytest.mark.parametrize("codec", list(CODECS))
-@pytest.mark.parametrize("dim", [32, 64, 128, 256])
+@pytest.mark.parametrize("dim", [32, 64, 80, 128, 256])
 def test_planes_tile_the_block(codec, dim):
     layout = KvLayout(3, 2, dim, codec, bytes(16))
     at = layout.header_bytes
     for layer in range(3):
+        planes = layout.planes(layer)
         for start, size in (
-            (layout.key_codes_at(layer), layout.key_code_bytes),
-            (layout.value_codes_at(layer), layout.value_code_bytes),
-            (layout.key_scales_at(layer), layout.key_scale_bytes),
-            (layout.value_scales_at(layer), layout.value_scale_bytes),
+            (planes.key_codes, 2 * 64 * dim * planes.codec.key_bits // 8),
+            (planes.value_codes, 2 * 64 * dim * planes.codec.value_bits // 8),
+            (planes.key_scales, 256 * (planes.codec.key_bits <= 8)),
+            (planes.value_scales, 256 * (planes.codec.value_bits <= 8)),
         ):
             assert start == at and start % 64 == 0
             at += size
@@ -43,8 +44,9 @@ def test_planes_tile_the_block(codec, dim):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"codec": "k5v5"}, "codec is 'k5v5', must be one of fp32, fp16, k4v4"),
-        ({"head_dim": 80}, r"head_dim is 80, must be a power of two in 32\.\.256"),
+        ({"codec": "k5v5"}, "codec is 'k5v5', must be one of fp32, fp16, k8v8, k4v4, k4v3"),
+        ({"head_dim": 100}, r"head_dim is 100, must be a multiple of 8 in 32\.\.256"),
+        ({"head_dim": 104}, "head_dim is 104, .* that has a Hadamard matrix"),
         ({"head_dim": 512}, "head_dim is 512"),
         ({"head_dim": 16}, "head_dim is 16"),
         ({"num_layers": 0}, "num_layers is 0"),

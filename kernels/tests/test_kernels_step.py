@@ -89,7 +89,7 @@ def test_bytes_and_outputs_match_reference(codec, length):
     assert_right(case, case.run(0, length), range(length))
 
 
-@pytest.mark.parametrize("dim", [32, 64, 128, 256])
+@pytest.mark.parametrize("dim", [32, 64, 80, 96, 112, 128, 192, 256])
 @pytest.mark.parametrize("codec", list(CODECS))
 def test_every_head_dim(codec, dim):
     case = make(codec, dim=dim, tokens=200, seed=dim)
@@ -164,7 +164,8 @@ def test_adversarial_vectors_seal_to_the_reference_bytes(codec, dim):
     assert not keys[0].any() and not values[0].any()
     for t in (1, 2, 4, 5, 6, 12):
         error = np.linalg.norm(values[t] - x[t]) / np.linalg.norm(x[t])
-        assert error < (1.0 if t in (4, 5) else 0.2), f"vector {t}"
+        bound = {2: 0.6, 3: 0.35}.get(case.layout.spec.value_bits, 0.2)
+        assert error < (1.5 if t in (4, 5) else bound), f"vector {t}"
 
 
 def test_random_bytes_match_over_many_magnitudes():

@@ -15,14 +15,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvmesh.services.router.client import InferenceClient
-
 from kvmesh.integration.bare import READ_RESULT, READ_ROUND, Round, RoundResult
 from kvmesh.integration.launch import running_mesh
 from kvmesh.integration.launch_child import child_environment
 from kvmesh.integration.loadgen import closed_loop, token_request
 from kvmesh.services.common.client import Link
 from kvmesh.services.common.config import MeshConfig
+from kvmesh.services.router.client import InferenceClient
 from kvmesh.v1 import common_pb2
 
 READY_S = 120.0

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kvmesh.services.router.client import InferenceClient
 from tokenizers import Tokenizer
 
 from kvmesh.integration.loadgen import RequestResult, chat_request, closed_loop
 from kvmesh.integration.needle import MAX_FACTS, NeedleCase, make_case
+from kvmesh.services.router.client import InferenceClient
 from kvmesh.v1 import common_pb2
 
 MAX_ANSWER_TOKENS = 24  # the longest answer is a name of a few tokens and the end token

@@ -5,9 +5,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from kvmesh.services.router.client import InferenceClient
-
 from kvmesh.services.common.errors import MeshError
+from kvmesh.services.router.client import InferenceClient
 from kvmesh.v1 import common_pb2, inference_pb2
 
 

@@ -12,17 +12,27 @@
     36   u32 codebook version
     40   u64 payload bytes
     48   u64 rotation seed
-    56   8 B zero
-    64   ┌ layer 0 ──────────────────────────────────────────────────────────────┐
-         │ K codes [head][dim][token]   packed along tokens: two 4-bit codes in a  │
-         │                              byte, the even token in the low nibble     │
-         │ V codes [head][token][dim]   packed along dims, the even dim low        │
+    56   u32 size of the table of layers: 0 if every layer has the codec above
+    60   4 B zero
+    64   u8 codec id of each layer, zeros up to a multiple of 64   (the table of layers, or nothing)
+         ┌ layer 0 ──────────────────────────────────────────────────────────────┐
+         │ K codes [head][dim][token]   packed along tokens                        │
+         │ V codes [head][token][dim]   packed along dims                          │
          │ K scales fp16 [head][token]  (absent from float codecs)                 │
          │ V scales fp16 [head][token]  (absent from float codecs)                 │
          └────────────────────────────────────────────────────────────────────────┘
          layer 1 ...
     -64  60 B zero
     -4   u32 CRC-32 (zlib) of every byte before it
+
+    A byte of codes, the first of them in the lowest bits:
+
+    8 bits   c0 c0 c0 c0 c0 c0 c0 c0   int8
+    4 bits   c1 c1 c1 c1 c0 c0 c0 c0
+    2 bits   c3 c3 c2 c2 c1 c1 c0 c0
+    3 bits   two planes per head: the 2-bit magnitudes of all its codes as above, then their signs,
+             s7 s6 s5 s4 s3 s2 s1 s0
+    16, 32   IEEE floats
 
 K lies dim by dim and V token by token because scores are then sums over rows of 64 tokens and
 outputs sums over rows of head_dim: both vectorise without a reduction across lanes.
@@ -49,8 +59,8 @@ from kvmesh.kernels.layout import BLOCK_SIZE, CODECS, HEADER_BYTES, KvLayout
 from kvmesh.kernels.rotation import ROTATION_SEED
 
 MAGIC = b"KVMB"
-FORMAT_VERSION = 1
-_HEADER = struct.Struct("<4sHH16sIHHIIQQ8x")
+FORMAT_VERSION = 2
+_HEADER = struct.Struct("<4sHH16sIHHIIQQI4x")
 _CHECKSUM = struct.Struct("<I")
 _CODEC_NAMES = {codec.codec_id: name for name, codec in CODECS.items()}
 
@@ -73,14 +83,14 @@ class BlockHeader:
 
 
 def parse_header(data: Bytes) -> BlockHeader:
-    """Reads the first 64 bytes; trusts the rest to `verify`.
+    """Reads the header and its table of layers; trusts the rest to `verify`.
 
     Raises ShortBlock, BadMagic, WrongVersion or WrongLayout.
     """
     view = _view(data)
     if view.nbytes < HEADER_BYTES:
         raise ShortBlock(f"{view.nbytes} bytes, a header has {HEADER_BYTES}")
-    magic, version, codec, fingerprint, layers, heads, dim, tokens, book, payload, seed = (
+    magic, version, codec, fingerprint, layers, heads, dim, tokens, book, payload, seed, table = (
         _HEADER.unpack_from(view)
     )
     if magic != MAGIC:
@@ -92,17 +102,34 @@ def parse_header(data: Bytes) -> BlockHeader:
     ):
         if found != expected:
             raise WrongVersion(f"{name} is {found}, expected {expected}")
-    if codec not in _CODEC_NAMES:
-        raise WrongLayout(f"codec id is {codec}, expected one of {sorted(_CODEC_NAMES)}")
     try:
-        layout = KvLayout(layers, heads, dim, _CODEC_NAMES[codec], fingerprint)
+        own = _read_table(view, layers, table)
+        layout = KvLayout(layers, heads, dim, _codec_name(codec), fingerprint, own)
     except ValueError as error:
         raise WrongLayout(str(error)) from error
     if tokens != BLOCK_SIZE:
         raise WrongLayout(f"num_tokens is {tokens}, expected {BLOCK_SIZE}")
+    if table != layout.table_bytes:
+        raise WrongLayout(f"table of layers is {table} bytes, expected {layout.table_bytes}")
     if payload != layout.payload_bytes:
         raise WrongLayout(f"payload is {payload} bytes, expected {layout.payload_bytes}")
     return BlockHeader(layout, tokens, book, payload, seed)
+
+
+def _codec_name(codec_id: int) -> str:
+    if codec_id not in _CODEC_NAMES:
+        raise WrongLayout(f"codec id is {codec_id}, expected one of {sorted(_CODEC_NAMES)}")
+    return _CODEC_NAMES[codec_id]
+
+
+def _read_table(view: memoryview, layers: int, size: int) -> tuple[str, ...]:
+    if not size:
+        return ()
+    if size < layers:
+        raise WrongLayout(f"table of layers is {size} bytes, there are {layers} layers")
+    if view.nbytes < HEADER_BYTES + size:
+        raise ShortBlock(f"{view.nbytes} bytes, the header has {HEADER_BYTES + size}")
+    return tuple(_codec_name(codec_id) for codec_id in view[HEADER_BYTES : HEADER_BYTES + layers])
 
 
 def verify(data: Bytes, layout: KvLayout | None = None) -> BlockHeader:
@@ -130,8 +157,9 @@ def _refuse(found: KvLayout, expected: KvLayout) -> None:
             f"fingerprint is {found.fingerprint.hex()}, expected {expected.fingerprint.hex()}"
         )
     differing = [
-        f"{name} is {getattr(found, name)}, expected {getattr(expected, name)}"
-        for name in ("num_layers", "num_kv_heads", "head_dim", "codec")
+        f"{name.removesuffix('_label')} is {getattr(found, name)}, "
+        f"expected {getattr(expected, name)}"
+        for name in ("num_layers", "num_kv_heads", "head_dim", "codec_label")
         if getattr(found, name) != getattr(expected, name)
     ]
     raise WrongLayout("; ".join(differing))
@@ -147,8 +175,11 @@ def finish(layout: KvLayout, block: npt.NDArray[np.uint8]) -> None:
     _HEADER.pack_into(
         block.data, 0, MAGIC, FORMAT_VERSION, layout.spec.codec_id, layout.fingerprint,
         layout.num_layers, layout.num_kv_heads, layout.head_dim, BLOCK_SIZE, CODEBOOK_VERSION,
-        layout.payload_bytes, ROTATION_SEED,
+        layout.payload_bytes, ROTATION_SEED, layout.table_bytes,
     )  # fmt: skip
-    block[HEADER_BYTES + layout.payload_bytes :] = 0
+    ids = [CODECS[name].codec_id for name in layout.layer_codecs]
+    block[HEADER_BYTES : HEADER_BYTES + len(ids)] = ids
+    block[HEADER_BYTES + len(ids) : layout.header_bytes] = 0
+    block[layout.header_bytes + layout.payload_bytes :] = 0
     end = layout.block_bytes - _CHECKSUM.size
     _CHECKSUM.pack_into(block.data, end, zlib.crc32(block.data[:end]))

@@ -6,13 +6,14 @@ For one vector x of head_dim d (fp32 throughout, nothing fused):
        n2 < 2^-100: all codes 0, scale 0
     2  z = H (signs * x') / sqrt(n2), H unnormalised (rotation.py): the coordinates of a unit
        Gaussian
-    3  code_j from the thresholds below z_j; c_j its level (codebook.py)
+    3  code_j from z_j, and c_j its level (codebook.py)
     4  keys:   s = (n / sqrt d) / max(a, 1/4), a = sum z_j c_j / d: unbiased inner products
        values: s = (n / sqrt d) / sqrt(e),     e = sum c_j^2 / d: unchanged norm
        s rounded to the nearest fp16, at most 65504
     5  xhat = D H (s c) / sqrt d + mu
 
-A sum over d is added up by halves: element j to element j + d/2, then j + d/4, to the last one.
+A sum over d is added up by halves, element j to element j + d/2, then j + d/4, as long as they
+are even; the odd rest from the first to the last.
 Beyond the clamps the scale is out of fp16's range (n / sqrt d >= 65536) or rounds to zero anyway.
 
 Sources: TurboQuant (arXiv 2504.19874); the keys' scale is RaBitQ's and EDEN's unbiased one.
@@ -38,10 +39,13 @@ Octets = npt.NDArray[np.uint8]
 
 
 def _sum_by_halves(x: npt.NDArray[Any]) -> Floats:
-    while x.shape[-1] > 1:
+    while x.shape[-1] % 2 == 0:
         half = x.shape[-1] // 2
         x = x[..., :half] + x[..., half:]
-    return x[..., 0]
+    total = x[..., 0]
+    for j in range(1, x.shape[-1]):
+        total = total + x[..., j]
+    return total
 
 
 def encode(
@@ -60,11 +64,11 @@ def encode(
     norm = np.sqrt(np.where(zero, np.float32(0), norm2))
     inverse = np.where(zero, np.float32(0), np.float32(1) / np.where(zero, np.float32(1), norm))
     z = rotation.hadamard(centered * rotation.signs(dim)) * inverse[..., None]
-    passed = np.searchsorted(codebook.thresholds(bits), z, side="left")
-    codes = codebook.stored_codes(bits)[passed]
+    codes = codebook.quantize(z, bits)
     level = codebook.levels(bits)[codes]
     mean = _sum_by_halves(level * (z if kind == "key" else level)) * np.float32(1 / dim)
     strength = np.maximum(mean, np.float32(WEAKEST)) if kind == "key" else np.sqrt(mean)
+    strength[zero] = 1
     scales = np.minimum(norm * np.float32(1 / np.sqrt(dim)) / strength, np.float32(MAX_SCALE))
     codes[zero] = 0
     return codes, scales.astype(np.float16)
@@ -80,16 +84,39 @@ def decode(
     return x
 
 
-def _pack(codes: Octets) -> Octets:
-    """Two 4-bit codes along the last axis into a byte, the even one low."""
-    packed: Octets = codes[..., 0::2] | codes[..., 1::2] << np.uint8(4)
-    return packed
+def _pack_plane(codes: Octets, width: int) -> Octets:
+    """8 / width codes along the last axis into a byte, the first one in the lowest bits."""
+    count = 8 // width
+    shifts = np.arange(count, dtype=np.uint8) * np.uint8(width)
+    packed = codes.reshape(*codes.shape[:-1], -1, count) << shifts
+    octets: Octets = np.bitwise_or.reduce(packed, axis=-1).astype(np.uint8)
+    return octets
 
 
-def _unpack(packed: Octets) -> Octets:
-    return np.stack((packed & np.uint8(15), packed >> np.uint8(4)), axis=-1).reshape(
-        *packed.shape[:-1], -1
-    )
+def _unpack_plane(packed: Octets, width: int) -> Octets:
+    shifts = np.arange(0, 8, width, dtype=np.uint8)
+    codes = packed[..., None] >> shifts & np.uint8((1 << width) - 1)
+    flat: Octets = codes.reshape(*packed.shape[:-1], -1)
+    return flat
+
+
+def pack(codes: Octets, bits: int) -> Octets:
+    """The plane of codes [heads, n, m], packed along m: uint8 [heads, n * m * bits / 8]."""
+    heads = len(codes)
+    if bits != 3:
+        return _pack_plane(codes, bits).reshape(heads, -1)
+    low = _pack_plane(codes & np.uint8(3), 2).reshape(heads, -1)
+    return np.concatenate((low, _pack_plane(codes >> np.uint8(2), 1).reshape(heads, -1)), axis=1)
+
+
+def unpack(plane: Octets, bits: int, shape: tuple[int, int, int]) -> Octets:
+    """The codes of `pack`: uint8 [heads, n, m]."""
+    plane = plane.reshape(shape[0], -1)
+    if bits != 3:
+        return _unpack_plane(plane, bits).reshape(shape)
+    border = plane.shape[1] // 3 * 2
+    low = _unpack_plane(plane[:, :border], 2)
+    return (low | _unpack_plane(plane[:, border:], 1) << np.uint8(2)).reshape(shape)
 
 
 def _to_floats(x: Floats, bits: int) -> Octets:
@@ -106,47 +133,48 @@ def seal_layer(
 
     Raises CodecError for a NaN or an infinity.
     """
-    spec = layout.spec
-    keys, values = (x.transpose(1, 0, 2) for x in kv)  # [head][token][dim]
+    at = layout.planes(layer)
     planes: list[Octets] = []
     scale_planes: list[Octets] = []
-    for x, mu, kind, bits in (
-        (keys, centers[0], "key", spec.key_bits),
-        (values, centers[1], "value", spec.value_bits),
-    ):
-        by_token = kind == "key"
+    kinds: tuple[tuple[Kind, int], ...] = (
+        ("key", at.codec.key_bits),
+        ("value", at.codec.value_bits),
+    )
+    for x, mu, (kind, bits) in zip(kv, centers, kinds, strict=True):
+        by_head = x.transpose(1, 0, 2)  # [head][token][dim]
         if bits > 8:
-            planes.append(_to_floats(x.transpose(0, 2, 1) if by_token else x, bits))
+            planes.append(
+                _to_floats(by_head.transpose(0, 2, 1) if kind == "key" else by_head, bits)
+            )
             continue
-        codes, scales = encode(x, mu[:, None], "key" if by_token else "value", bits)
-        planes.append(_pack(codes.transpose(0, 2, 1) if by_token else codes).reshape(-1))
+        codes, scales = encode(by_head, mu[:, None], kind, bits)
+        planes.append(pack(codes.transpose(0, 2, 1) if kind == "key" else codes, bits).reshape(-1))
         scale_planes.append(scales.reshape(-1).view(np.uint8))
-    start = layout.key_codes_at(layer)
-    block[start : start + layout.layer_bytes] = np.concatenate(planes + scale_planes)
+    block[at.key_codes : at.end] = np.concatenate(planes + scale_planes)
 
 
 def decode_layer(
     layout: KvLayout, block: Octets, layer: int, centers: Floats
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """K and V of one layer of a sealed block: fp64 [64, Hkv, D] each."""
-    spec, heads, dim = layout.spec, layout.num_kv_heads, layout.head_dim
+    at = layout.planes(layer)
+    heads, dim = layout.num_kv_heads, layout.head_dim
     decoded: list[npt.NDArray[np.float64]] = []
-    for kind, bits, codes_at, size, scales_at in (
-        (0, spec.key_bits, layout.key_codes_at(layer), layout.key_code_bytes,
-         layout.key_scales_at(layer)),
-        (1, spec.value_bits, layout.value_codes_at(layer), layout.value_code_bytes,
-         layout.value_scales_at(layer)),
+    for kind, bits, plane, scale_plane in (
+        (0, at.codec.key_bits, block[at.key_codes : at.value_codes],
+         block[at.key_scales : at.value_scales]),
+        (1, at.codec.value_bits, block[at.value_codes : at.key_scales],
+         block[at.value_scales : at.end]),
     ):  # fmt: skip
-        shape = (heads, BLOCK_SIZE, -1) if kind else (heads, dim, -1)
-        plane = block[codes_at : codes_at + size]
+        shape = (heads, BLOCK_SIZE, dim) if kind else (heads, dim, BLOCK_SIZE)
         if bits > 8:
             floats = plane.view(np.float16 if bits == 16 else np.float32).reshape(shape)
             x = (floats if kind else floats.transpose(0, 2, 1)).astype(np.float64)
         else:
-            codes = _unpack(plane.reshape(shape))
-            scales = block[scales_at : scales_at + heads * BLOCK_SIZE * 2].view(np.float16)
+            codes = unpack(plane, bits, shape)
             codes = codes if kind else codes.transpose(0, 2, 1)
-            x = decode(codes, scales.reshape(heads, BLOCK_SIZE), centers[kind][:, None], bits)
+            scales = scale_plane.view(np.float16).reshape(heads, BLOCK_SIZE)
+            x = decode(codes, scales, centers[kind][:, None], bits)
         decoded.append(x.transpose(1, 0, 2))
     return decoded[0], decoded[1]
 

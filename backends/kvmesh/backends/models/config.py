@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from kvmesh.backends.errors import CheckpointError
-from kvmesh.kernels.layout import MAX_HEAD_DIM, MIN_HEAD_DIM
+from kvmesh.kernels.layout import MAX_HEAD_DIM, MIN_HEAD_DIM, supports_head_dim
 
 ARCHITECTURES = ("LlamaForCausalLM",)
 ROPE_KINDS = ("default", "linear", "llama3")
@@ -155,10 +155,10 @@ def _read_heads(reader: _Reader, hidden_size: int) -> tuple[int, int, int]:
     if reader.fields.get("head_dim") is None and hidden_size % num_heads:
         raise reader.refuse(f"hidden_size {hidden_size} is not a multiple of {num_heads} heads")
     head_dim = reader.positive_int("head_dim", hidden_size // num_heads)
-    if not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM or head_dim & (head_dim - 1):
+    if not supports_head_dim(head_dim):
         raise reader.refuse(
-            f"head_dim {head_dim} is not supported, must be a power of two in "
-            f"{MIN_HEAD_DIM}..{MAX_HEAD_DIM}"
+            f"head_dim {head_dim} is not supported, must be a multiple of 8 in "
+            f"{MIN_HEAD_DIM}..{MAX_HEAD_DIM} that has a Hadamard matrix"
         )
     return num_heads, num_kv_heads, head_dim
 

@@ -106,7 +106,7 @@ def _start_row(geo: Any, table: Any, query: Any, center: Any, scratch: Any, row:
         for j in range(geo.dim):
             bias = bias + own[j] * center[j]
             own[j] = own[j] * table.signs[j]
-        hadamard(own)
+        hadamard(own, table.base)
         for j in range(geo.dim):
             own[j] = own[j] * scale  # 1/sqrt(dim) again, H's own norm
     scratch.bias[row] = bias
@@ -120,7 +120,7 @@ def _unrotate(geo: Any, table: Any, center: Any, mixed: Any, total: Any) -> None
     """Takes a row's sum of values back to V's own space: D H x, plus the center once per weight."""
     if geo.value_bits <= 8:
         norm = np.float32(1.0 / np.sqrt(geo.dim))
-        hadamard(mixed)
+        hadamard(mixed, table.base)
         for j in range(geo.dim):
             mixed[j] = mixed[j] * (table.signs[j] * norm) + total * center[j]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from kvmesh.kernels.codebook import INT8_MOST, INT8_STEP
 from kvmesh.kernels.cpu.jit import kernel, to_half
 from kvmesh.kernels.layout import BLOCK_SIZE
 from kvmesh.kernels.reference import LARGEST, SMALLEST_NORM2, WEAKEST
@@ -17,24 +18,32 @@ _ONE = np.float32(1.0)
 _LARGEST = np.float32(LARGEST)
 _SMALLEST_NORM2 = np.float32(SMALLEST_NORM2)
 _WEAKEST = np.float32(WEAKEST)
+_STEP = np.float32(INT8_STEP)
+_STEPS = np.float32(1 / INT8_STEP)
+_MOST = np.float32(INT8_MOST)
+_ROUND = np.float32(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to an integer
 
 
 @kernel
 def _sum_by_halves(rows: Any, count: int) -> None:
     """Leaves the sum over rows [count, 64] in row 0."""
-    half = count // 2
-    while half >= 1:
-        for j in range(half):
+    while count % 2 == 0:
+        count //= 2
+        for j in range(count):
             for t in range(BLOCK_SIZE):
-                rows[j, t] = rows[j, t] + rows[j + half, t]
-        half //= 2
+                rows[j, t] = rows[j, t] + rows[j + count, t]
+    for j in range(1, count):
+        for t in range(BLOCK_SIZE):
+            rows[0, t] = rows[0, t] + rows[j, t]
 
 
 @kernel
-def _rotate(tile: Any) -> None:
-    """Unnormalised Walsh-Hadamard transform over the rows of fp32 [dim, 64], in place."""
+def _rotate(tile: Any, base: Any, work: Any) -> None:
+    """Unnormalised Hadamard transform over the rows of fp32 [dim, 64], in place; work: as tile."""
+    count = base.shape[0]
+    columns = tile.shape[0] // count
     span = 1
-    while span < tile.shape[0]:
+    while span < columns:
         for start in range(0, tile.shape[0], 2 * span):
             for j in range(start, start + span):
                 for t in range(BLOCK_SIZE):
@@ -43,29 +52,57 @@ def _rotate(tile: Any) -> None:
                     tile[j, t] = low + high
                     tile[j + span, t] = low - high
         span *= 2
+    if count > 1:
+        for j in range(tile.shape[0]):
+            for t in range(BLOCK_SIZE):
+                work[j, t] = tile[j, t]
+        for j in range(tile.shape[0]):
+            for t in range(BLOCK_SIZE):
+                tile[j, t] = base[j // columns, 0] * work[j % columns, t]
+            for i in range(1, count):
+                sign = base[j // columns, i]
+                for t in range(BLOCK_SIZE):
+                    tile[j, t] = tile[j, t] + sign * work[i * columns + j % columns, t]
 
 
 @kernel
-def _quantize(tile: Any, work: Any, codes: Any, unbiased: bool, table: Any) -> None:
-    """Turns tile [dim, 64] into codes uint8 [dim, 64]; work's row 0 gets a or e (see reference)."""
+def _to_steps(tile: Any, work: Any, codes: Any, unbiased: bool) -> None:
+    """Codes uint8 [dim, 64] of 8 bits; work gets what a or e is the mean of (see reference)."""
+    for j in range(tile.shape[0]):
+        for t in range(BLOCK_SIZE):
+            steps = (tile[j, t] * _STEPS + _ROUND) - _ROUND
+            steps = min(max(steps, -_MOST), _MOST)
+            codes[j, t] = np.uint8(np.int32(steps))
+            level = steps * _STEP
+            work[j, t] = level * (tile[j, t] if unbiased else level)
+
+
+@kernel
+def _to_levels(
+    tile: Any, work: Any, codes: Any, unbiased: bool, bits: int, table: Any, kind: int
+) -> None:
+    """Codes of 1 to 4 bits, as `_to_steps`."""
     passed = np.empty(BLOCK_SIZE, np.uint8)
     for j in range(tile.shape[0]):
         passed[:] = np.uint8(0)
-        for k in range(table.thresholds.size):
-            border = table.thresholds[k]
+        for k in range((1 << bits) - 1):
+            border = table.thresholds[kind, k]
             for t in range(BLOCK_SIZE):
                 passed[t] += np.uint8(tile[j, t] > border)
         for t in range(BLOCK_SIZE):
-            code = table.stored[passed[t]]
-            level = table.levels[code]
+            code = table.stored[kind, passed[t]]
+            level = table.levels[kind, code]
             codes[j, t] = code
             work[j, t] = level * (tile[j, t] if unbiased else level)
-    _sum_by_halves(work, tile.shape[0])
 
 
 @kernel
-def _encode(tile: Any, work: Any, codes: Any, unbiased: bool, table: Any) -> Any:
-    """Encodes centered vectors, tile fp32 [dim, 64], destroyed. Returns the scales, fp16 bits."""
+def _encode(tile: Any, work: Any, codes: Any, kind: int, bits: int, table: Any) -> Any:
+    """Encodes centered vectors, tile fp32 [dim, 64], destroyed, to codes uint8 [dim, 64].
+
+    Returns the scales, fp16 bits.
+    """
+    unbiased = kind == 0
     dim = tile.shape[0]
     for j in range(dim):
         for t in range(BLOCK_SIZE):
@@ -76,12 +113,16 @@ def _encode(tile: Any, work: Any, codes: Any, unbiased: bool, table: Any) -> Any
     norm = np.empty(BLOCK_SIZE, np.float32)
     for t in range(BLOCK_SIZE):
         norm[t] = np.sqrt(work[0, t]) if work[0, t] >= _SMALLEST_NORM2 else _ZERO
-    _rotate(tile)
+    _rotate(tile, table.base, work)
     for t in range(BLOCK_SIZE):
         inverse = _ONE / norm[t] if norm[t] > _ZERO else _ZERO
         for j in range(dim):
             tile[j, t] = tile[j, t] * inverse
-    _quantize(tile, work, codes, unbiased, table)
+    if bits == 8:
+        _to_steps(tile, work, codes, unbiased)
+    else:
+        _to_levels(tile, work, codes, unbiased, bits, table, kind)
+    _sum_by_halves(work, dim)
     scales = np.empty(BLOCK_SIZE, np.uint16)
     root = np.float32(1.0 / np.sqrt(dim))
     for t in range(BLOCK_SIZE):
@@ -90,22 +131,46 @@ def _encode(tile: Any, work: Any, codes: Any, unbiased: bool, table: Any) -> Any
         scales[t] = to_half(np.float32(norm[t] * root) / strength)
         if norm[t] == _ZERO:
             codes[:, t] = np.uint8(0)
+            scales[t] = np.uint16(0)
     return scales
 
 
 @kernel
-def _write_codes(geo: Any, octets: Any, offset: int, codes: Any, by_token: bool) -> None:
-    """Packs codes uint8 [dim, 64] two to a byte, along tokens (keys) or dims (values)."""
-    if by_token:
-        for j in range(geo.dim):
-            for i in range(BLOCK_SIZE // 2):
-                packed = codes[j, 2 * i] | np.uint8(codes[j, 2 * i + 1] << 4)
-                octets[offset + j * (BLOCK_SIZE // 2) + i] = packed
-    else:
-        for i in range(geo.dim // 2):
+def _write_plane(octets: Any, offset: int, codes: Any, width: int, by_token: bool) -> None:
+    """Packs codes uint8 [dim, 64] along tokens (keys) or dims (values); destroys them.
+
+    Neighbours are joined, the first one low, until they fill a byte.
+    """
+    dims, tokens = codes.shape
+    while width < 8:
+        if by_token:
+            tokens //= 2
+            for j in range(dims):
+                for t in range(tokens):
+                    codes[j, t] = codes[j, 2 * t] | np.uint8(codes[j, 2 * t + 1] << width)
+        else:
+            dims //= 2
+            for j in range(dims):
+                for t in range(tokens):
+                    codes[j, t] = codes[2 * j, t] | np.uint8(codes[2 * j + 1, t] << width)
+        width *= 2
+    for j in range(dims):
+        for t in range(tokens):
+            octets[offset + (j * tokens + t if by_token else t * dims + j)] = codes[j, t]
+
+
+@kernel
+def _write_codes(octets: Any, offset: int, codes: Any, bits: int, by_token: bool) -> None:
+    """Writes one head's codes uint8 [dim, 64], destroyed; 3 bits as magnitudes, then signs."""
+    part = np.empty(codes.shape, np.uint8) if bits == 3 else codes
+    for first in range(0, 3 if bits == 3 else 1, 2):
+        width = bits if bits != 3 else 2 - first // 2
+        mask = np.uint8((1 << width) - 1)
+        for j in range(codes.shape[0] if bits == 3 else 0):
             for t in range(BLOCK_SIZE):
-                packed = codes[2 * i, t] | np.uint8(codes[2 * i + 1, t] << 4)
-                octets[offset + t * (geo.dim // 2) + i] = packed
+                part[j, t] = codes[j, t] >> first & mask
+        _write_plane(octets, offset, part, width, by_token)
+        offset += codes.size // 4
 
 
 @kernel
@@ -154,8 +219,8 @@ def seal_layer(geo: Any, table: Any, pool: Any, block: int, tail: Any, centers: 
             for t in range(BLOCK_SIZE):
                 for j in range(geo.dim):
                     tile[j, t] = rows[t, j] - centers[kind, head, j]
-            scales = _encode(tile, work, codes, kind == 0, table)
-            _write_codes(geo, pool.octets[block], at, codes, kind == 0)
+            scales = _encode(tile, work, codes, kind, bits, table)
+            _write_codes(pool.octets[block], at, codes, bits, kind == 0)
             for t in range(BLOCK_SIZE):
                 pool.halves[block, scales_at // 2 + head * BLOCK_SIZE + t] = scales[t]
     return True

@@ -128,7 +128,7 @@ def run_layer(
         raise ValueError(f"segment {misfit} reaches outside the rows, slots or blocks of the step")
     views = Pool(pool, pool.view(np.uint16), pool.view(np.float32))
     failed, sealing, total = _run(
-        geometry(layout, layer), tables(layout.head_dim), views, tails, layer, arrays, (q, k, v),
+        geometry(layout, layer), tables(layout, layer), views, tails, layer, arrays, (q, k, v),
         centers[layer], out,
     )  # fmt: skip
     if failed >= 0:

@@ -15,7 +15,7 @@ from kvmesh.kernels.cpu.jit import from_half, kernel
 from kvmesh.kernels.layout import BLOCK_SIZE, KvLayout
 
 _ONE = np.float32(1.0)
-_CODE_BITS = 4  # the width that the quantized codecs of layout.CODECS use
+_STEP = np.float32(codebook.INT8_STEP)
 
 
 class Geometry(NamedTuple):
@@ -32,14 +32,21 @@ class Geometry(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """signs fp32 [dim], levels fp32 [16], thresholds fp32 [15], stored uint8 [16], pairs uint64
-    [256]: the two fp32 levels of each byte."""
+    """Constants of one layer; what differs between keys (0) and values (1) is stacked.
+
+    signs fp32 [dim] and base fp32 [m, m] (rotation.py); thresholds fp32 [2, 15], stored uint8
+    [2, 16] and levels fp32 [2, 16] (codebook.py), each filled as far as its width goes. pairs
+    uint64 [2, 512]: what a byte of codes decodes to, two fp32 levels in each. flips uint64 [32]:
+    the two pairs of fp32 sign bits of each four signs.
+    """
 
     signs: Any
-    levels: Any
+    base: Any
     thresholds: Any
     stored: Any
+    levels: Any
     pairs: Any
+    flips: Any
 
 
 class Pool(NamedTuple):
@@ -68,28 +75,41 @@ class Scratch(NamedTuple):
 
 @functools.cache
 def geometry(layout: KvLayout, layer: int) -> Geometry:
+    at = layout.planes(layer)
     return Geometry(
         layout.num_kv_heads,
         layout.head_dim,
-        layout.spec.key_bits,
-        layout.spec.value_bits,
-        layout.key_codes_at(layer),
-        layout.value_codes_at(layer),
-        layout.key_scales_at(layer),
-        layout.value_scales_at(layer),
+        at.codec.key_bits,
+        at.codec.value_bits,
+        at.key_codes,
+        at.value_codes,
+        at.key_scales,
+        at.value_scales,
     )
 
 
 @functools.cache
-def tables(head_dim: int) -> Tables:
+def tables(layout: KvLayout, layer: int) -> Tables:
     # Copies: the sources are read-only, which Numba would compile as another type.
-    return Tables(
-        rotation.signs(head_dim).copy(),
-        codebook.levels(_CODE_BITS).copy(),
-        codebook.thresholds(_CODE_BITS).copy(),
-        codebook.stored_codes(_CODE_BITS).copy(),
-        codebook.level_pairs(_CODE_BITS).view(np.uint64).reshape(256).copy(),
+    signs_of_four = np.arange(16, dtype=np.uint32)[:, None] >> np.arange(4, dtype=np.uint32) & 1
+    table = Tables(
+        rotation.signs(layout.head_dim).copy(),
+        rotation.base(layout.head_dim).copy(),
+        np.zeros((2, 15), np.float32),
+        np.zeros((2, 16), np.uint8),
+        np.zeros((2, 16), np.float32),
+        np.zeros((2, 512), np.uint64),
+        (signs_of_four << 31).astype(np.uint32).view(np.uint64).reshape(-1),
     )
+    codec = layout.planes(layer).codec
+    for kind, bits in enumerate((codec.key_bits, codec.value_bits)):
+        if bits < 8:
+            table.thresholds[kind, : (1 << bits) - 1] = codebook.thresholds(bits)
+            table.stored[kind, : 1 << bits] = codebook.stored_codes(bits)
+            table.levels[kind, : 1 << bits] = codebook.levels(bits)
+            pairs = codebook.levels_by_byte(bits).view(np.uint64).reshape(-1)
+            table.pairs[kind, : pairs.size] = pairs
+    return table
 
 
 @kernel
@@ -111,10 +131,12 @@ def make_scratch(dim: int, rows: int) -> Any:
 
 
 @kernel
-def hadamard(x: Any) -> None:
-    """Unnormalised Walsh-Hadamard transform of fp32 [dim], in place."""
+def hadamard(x: Any, base: Any) -> None:
+    """Unnormalised Hadamard transform of fp32 [dim], in place; base: rotation.base(dim)."""
+    count = base.shape[0]
+    columns = x.size // count
     span = 1
-    while span < x.size:
+    while span < columns:
         for start in range(0, x.size, 2 * span):
             for i in range(start, start + span):
                 low = x[i]
@@ -122,15 +144,46 @@ def hadamard(x: Any) -> None:
                 x[i] = low + high
                 x[i + span] = low - high
         span *= 2
+    if count > 1:
+        before = np.empty(x.size, np.float32)
+        for i in range(x.size):
+            before[i] = x[i]
+        for i in range(x.size):
+            total = base[i // columns, 0] * before[i % columns]
+            for j in range(1, count):
+                total = total + base[i // columns, j] * before[j * columns + i % columns]
+            x[i] = total
 
 
 @kernel
-def _read_plane(pool: Any, block: int, offset: int, bits: int, pairs: Any, out: Any) -> None:
+def _read_low_bits(octets: Any, offset: int, bits: int, table: Any, kind: int, two: Any) -> None:
+    """Decodes codes of 2 or 3 bits, two of them at a time: uint64 [any]."""
+    fours = two.size // 2
+    for i in range(fours):
+        at = 2 * np.int64(octets[offset + i])
+        two[2 * i] = table.pairs[kind, at]
+        two[2 * i + 1] = table.pairs[kind, at + 1]
+    if bits == 3:
+        for i in range(fours):
+            at = 2 * np.int64(octets[offset + fours + i // 2] >> 4 * (i % 2) & 15)
+            two[2 * i] ^= table.flips[at]
+            two[2 * i + 1] ^= table.flips[at + 1]
+
+
+@kernel
+def _read_plane(
+    pool: Any, block: int, offset: int, bits: int, table: Any, kind: int, out: Any
+) -> None:
     """Decodes out.size elements that start `offset` bytes into a block. out: fp32, contiguous."""
     if bits == 4:
         two = out.view(np.uint64)
         for i in range(two.size):
-            two[i] = pairs[pool.octets[block, offset + i]]
+            two[i] = table.pairs[kind, pool.octets[block, offset + i]]
+    elif bits < 4:
+        _read_low_bits(pool.octets[block], offset, bits, table, kind, out.view(np.uint64))
+    elif bits == 8:
+        for i in range(out.size):
+            out[i] = np.float32(np.int8(pool.octets[block, offset + i])) * _STEP
     elif bits == 16:
         for i in range(out.size):
             out[i] = from_half(pool.halves[block, offset // 2 + i])
@@ -149,10 +202,10 @@ def _read_scales(pool: Any, block: int, offset: int, bits: int, out: Any) -> Non
 def read_tile(geo: Any, table: Any, pool: Any, block: int, head: int, scratch: Any) -> None:
     """Fills the scratch tile and its scales with one KV head of a sealed block."""
     size = BLOCK_SIZE * geo.dim
-    keys = geo.key_codes + head * size * geo.key_bits // 8
-    values = geo.value_codes + head * size * geo.value_bits // 8
-    _read_plane(pool, block, keys, geo.key_bits, table.pairs, scratch.keys.reshape(size))
-    _read_plane(pool, block, values, geo.value_bits, table.pairs, scratch.values.reshape(size))
-    scales = head * BLOCK_SIZE * 2
-    _read_scales(pool, block, geo.key_scales + scales, geo.key_bits, scratch.key_scales)
-    _read_scales(pool, block, geo.value_scales + scales, geo.value_bits, scratch.value_scales)
+    for kind in range(2):
+        bits = geo.value_bits if kind else geo.key_bits
+        plane = geo.value_codes if kind else geo.key_codes
+        tile = (scratch.values if kind else scratch.keys).reshape(size)
+        _read_plane(pool, block, plane + head * size * bits // 8, bits, table, kind, tile)
+        at = (geo.value_scales if kind else geo.key_scales) + head * BLOCK_SIZE * 2
+        _read_scales(pool, block, at, bits, scratch.value_scales if kind else scratch.key_scales)

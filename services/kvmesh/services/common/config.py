@@ -26,7 +26,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     name: str = "mini"
     path: Path | None = None  # a Hugging Face checkpoint folder; none: the bundled model
-    codec: Literal["k4v4", "fp16", "fp32"] = "k4v4"
+    codec: Literal["k4v4", "k4v3", "k3v3", "k3v2", "k2v2", "k8v8", "fp16", "fp32"] = "k4v4"
 
 
 class SecurityConfig(Section):
