@@ -2,13 +2,14 @@
 
 from dataclasses import asdict
 
-from kvmesh.cli.options import Json
+from kvmesh.cli.options import Json, command
 from kvmesh.cli.progress import progress_bar
 from kvmesh.cli.render import print_json, print_table
 
 _LOSSES = ("mse", "ip_bias", "ip_variance", "softmax_kl", "attention_error")
 
 
+@command
 def codec(json: Json = False) -> None:
     """Bits with all side information, and what is lost, for ours and for others."""
     from kvmesh.integration.bench_codec import bench_codec, methods, synthetic

@@ -112,8 +112,7 @@ def hadamard(x: npt.NDArray[_Float]) -> npt.NDArray[_Float]:
         return y
     rows = y.reshape(*x.shape[:-1], len(matrix), columns)
     signed = matrix.astype(x.dtype)
-    total = signed[:, :1] * rows[..., :1, :]
+    total: npt.NDArray[Any] = signed[:, :1] * rows[..., :1, :]
     for i in range(1, len(matrix)):
         total = total + signed[:, i : i + 1] * rows[..., i : i + 1, :]
-    transformed: npt.NDArray[_Float] = total.reshape(x.shape)
-    return transformed
+    return total.reshape(x.shape)
