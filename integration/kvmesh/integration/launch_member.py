@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -105,8 +105,7 @@ def run_member(job: MemberJob, tie: LauncherTie) -> None:
     spans = spans_dir(job.run_dir) if job.run_dir is not None else None
     telemetry = Telemetry(job.kind, job.member_id, spans)
     try:
-        config = keep_ports(job.config, job.kind, os.environ)
-        context = ProcessContext(config, job.member_id, job.mesh_address, security, telemetry)
+        context = ProcessContext(job.config, job.member_id, job.mesh_address, security, telemetry)
         service = create_service(context, job.kind)
         _run(
             serve(
@@ -118,21 +117,6 @@ def run_member(job: MemberJob, tie: LauncherTie) -> None:
         )
     finally:
         telemetry.close()
-
-
-def keep_ports(config: MeshConfig, kind: str, environment: Mapping[str, str]) -> MeshConfig:
-    """The configuration with the ports that this member had before it was restarted.
-
-    Shards and workers, of which there may be many, read KVMESH_PORT themselves.
-    """
-    variables = {"port": "KVMESH_PORT", "mesh_port": "KVMESH_MESH_PORT"}
-    ports = {key: int(environment[name]) for key, name in variables.items() if name in environment}
-    if kind == "router":
-        return config.model_copy(update={"router": config.router.model_copy(update=ports)})
-    if kind == "tokenizer":
-        ports.pop("mesh_port", None)
-        return config.model_copy(update={"tokenizer": config.tokenizer.model_copy(update=ports)})
-    return config
 
 
 def create_service(context: ProcessContext, kind: str) -> Service:

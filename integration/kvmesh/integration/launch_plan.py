@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from kvmesh.services.common.config import MeshConfig
+from kvmesh.services.common.process import MESH_PORT_VARIABLE, PORT_VARIABLE
 
 ROUTER = "router"
 TOKENIZER = "tokenizer"
-PORT_VARIABLES = ("KVMESH_PORT", "KVMESH_MESH_PORT")  # the second is the router's only
+PORT_VARIABLES = (PORT_VARIABLE, MESH_PORT_VARIABLE)
 CONFIG_EXIT = 2  # a process that ends with this has a configuration that cannot work
 
 

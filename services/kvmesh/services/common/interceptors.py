@@ -76,6 +76,15 @@ def _check(request: Any, allowed: bool) -> None:
         raise InvalidRequest(f"the request is not a valid protobuf message: {request.reason}")
 
 
+def _admitted(request: Any, allowed: bool) -> Any:
+    """The request, or the stream of requests, of a caller that may call. Raises MeshError."""
+    if hasattr(request, "__aiter__"):
+        _check(None, allowed)
+        return _checked(request)
+    _check(request, allowed)
+    return request
+
+
 async def _checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
     async for request in requests:
         _check(request, True)
@@ -116,11 +125,7 @@ async def _status(context: Any) -> AsyncIterator[None]:
 def _guard_unary(method: Any, allowed: bool) -> Any:
     async def guarded(request: Any, context: Any) -> Any:
         async with _status(context):
-            if hasattr(request, "__aiter__"):
-                _check(None, allowed)
-                request = _checked(request)
-            else:
-                _check(request, allowed)
+            request = _admitted(request, allowed)
             return await method(request, context)
 
     return guarded
@@ -129,11 +134,7 @@ def _guard_unary(method: Any, allowed: bool) -> Any:
 def _guard_stream(method: Any, allowed: bool) -> Any:
     async def guarded(request: Any, context: Any) -> Any:
         async with _status(context):
-            if hasattr(request, "__aiter__"):
-                _check(None, allowed)
-                request = _checked(request)
-            else:
-                _check(request, allowed)
+            request = _admitted(request, allowed)
             async with aclosing(method(request, context)) as responses:
                 async for response in responses:
                     yield response

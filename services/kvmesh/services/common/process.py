@@ -1,11 +1,29 @@
 """What every service process is given when it starts."""
 
+import os
 import secrets
 from dataclasses import dataclass, field
 
 from kvmesh.services.common.config import MeshConfig
+from kvmesh.services.common.errors import ConfigError
 from kvmesh.services.common.security import Security
 from kvmesh.services.common.telemetry import Telemetry
+
+PORT_VARIABLE = "KVMESH_PORT"
+MESH_PORT_VARIABLE = "KVMESH_MESH_PORT"  # the router's second listener
+
+
+def listen_port(configured: int, variable: str = PORT_VARIABLE) -> int:
+    """The port of `variable`, which a restarted member gets to keep its old one, or `configured`.
+
+    Raises ConfigError if the variable holds no port.
+    """
+    text = os.environ.get(variable)
+    if text is None:
+        return configured
+    if not text.isdecimal() or int(text) > 65_535:
+        raise ConfigError(f"{variable} is {text!r}; set a port from 0 (any free one) to 65535")
+    return int(text)
 
 
 def new_incarnation() -> int:

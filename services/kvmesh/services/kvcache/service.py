@@ -7,9 +7,8 @@ from collections.abc import Sequence
 import grpc
 
 from kvmesh.services.common.client import Deadlines, Link, Links
-from kvmesh.services.common.errors import ConfigError
 from kvmesh.services.common.lease import MembershipLease
-from kvmesh.services.common.process import ProcessContext
+from kvmesh.services.common.process import ProcessContext, listen_port
 from kvmesh.services.common.server import Listener
 from kvmesh.services.kvcache.client import KvCacheClient
 from kvmesh.services.kvcache.feed import EventFeed
@@ -18,7 +17,6 @@ from kvmesh.services.kvcache.store import BlockStore
 from kvmesh.v1 import kvcache_pb2_grpc, mesh_pb2
 
 FAULTS_VARIABLE = "KVMESH_FAULTS"  # 1: the Corrupt call works
-PORT_VARIABLE = "KVMESH_PORT"  # shards are placed by address, so a restarted one keeps its port
 SERVICE_NAME = "kvmesh.v1.KvCache"
 
 
@@ -27,7 +25,7 @@ class KvCacheService:
 
     def __init__(self, context: ProcessContext) -> None:
         self._context = context
-        self._port = _port()
+        self._port = listen_port(0)
         store = BlockStore(
             context.config.kvcache.max_bytes, lease_prefix=f"{context.incarnation:x}-"
         )
@@ -83,10 +81,3 @@ class KvCacheService:
             await KvCacheClient(links, Deadlines()).stats(address)
         finally:
             await links.close()
-
-
-def _port() -> int:
-    text = os.environ.get(PORT_VARIABLE, "0")
-    if not text.isdecimal() or int(text) > 65_535:
-        raise ConfigError(f"{PORT_VARIABLE} is {text!r}; set a port from 0 (any free one) to 65535")
-    return int(text)

@@ -1,15 +1,13 @@
 """The router's process: the public service on one address, membership on another."""
 
 import asyncio
-import os
 import time
 from collections.abc import Sequence
 
 import grpc
 
 from kvmesh.services.common.client import MAX_PUBLIC_MESSAGE_BYTES, Deadlines
-from kvmesh.services.common.errors import ConfigError
-from kvmesh.services.common.process import ProcessContext
+from kvmesh.services.common.process import MESH_PORT_VARIABLE, ProcessContext, listen_port
 from kvmesh.services.common.server import Listener
 from kvmesh.services.router.admission import Admission
 from kvmesh.services.router.core import RouterCore
@@ -18,8 +16,6 @@ from kvmesh.services.router.membership import Membership
 from kvmesh.services.router.parts import RouterParts
 from kvmesh.services.router.servicer import InferenceServicer, MeshServicer, OwnEntry
 from kvmesh.v1 import inference_pb2_grpc, mesh_pb2_grpc
-
-PORT_VARIABLES = ("KVMESH_PORT", "KVMESH_MESH_PORT")  # win over the configuration
 
 
 class RouterService:
@@ -44,21 +40,19 @@ class RouterService:
     @property
     def listeners(self) -> Sequence[Listener]:
         config = self._context.config
-        ports = [
-            _port(name, port)
-            for name, port in zip(
-                PORT_VARIABLES, (config.router.port, config.router.mesh_port), strict=True
-            )
-        ]
         return (
             Listener(
                 config.host,
-                ports[0],
+                listen_port(config.router.port),
                 ("kvmesh.v1.Inference",),
                 mutual=False,
                 max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES,
             ),
-            Listener(config.host, ports[1], ("kvmesh.v1.Mesh",)),
+            Listener(
+                config.host,
+                listen_port(config.router.mesh_port, MESH_PORT_VARIABLE),
+                ("kvmesh.v1.Mesh",),
+            ),
         )
 
     def register(self, listeners: Sequence[grpc.aio.Server]) -> None:
@@ -93,12 +87,3 @@ class RouterService:
         while True:
             await asyncio.sleep(self._context.config.router.lease_s / 8)
             self._fleet.expire(self.parts.clock())
-
-
-def _port(variable: str, configured: int) -> int:
-    text = os.environ.get(variable, "")
-    if not text:
-        return configured
-    if not text.isdigit() or int(text) > 65535:
-        raise ConfigError(f"{variable} is '{text}', must be a port, 0..65535")
-    return int(text)

@@ -12,7 +12,7 @@ from kvmesh.services.common.checkpoint import checkpoint_path
 from kvmesh.services.common.client import Deadlines, Link
 from kvmesh.services.common.errors import ConfigError
 from kvmesh.services.common.lease import MembershipLease
-from kvmesh.services.common.process import ProcessContext
+from kvmesh.services.common.process import ProcessContext, listen_port
 from kvmesh.services.common.server import Listener
 from kvmesh.services.tokenizer.client import TokenizerClient
 from kvmesh.services.tokenizer.core import CodecLimits, load_codec
@@ -41,7 +41,8 @@ class TokenizerService:
     @property
     def listeners(self) -> Sequence[Listener]:
         config = self._context.config
-        return (Listener(config.host, config.tokenizer.port, (SERVICE_NAME,)),)
+        port = listen_port(config.tokenizer.port)
+        return (Listener(config.host, port, (SERVICE_NAME,)),)
 
     def register(self, listeners: Sequence[grpc.aio.Server]) -> None:
         tokenizer_pb2_grpc.add_TokenizerServicer_to_server(self._servicer, listeners[0])

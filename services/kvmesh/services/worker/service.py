@@ -1,7 +1,6 @@
 """A worker process: the model, the engine, the RPC service and the membership, in their order."""
 
 import asyncio
-import os
 from collections.abc import Callable, Sequence
 
 import grpc
@@ -14,7 +13,7 @@ from kvmesh.services.common.client import Deadlines, Link, Links
 from kvmesh.services.common.config import MeshConfig, WorkerConfig
 from kvmesh.services.common.errors import ConfigError
 from kvmesh.services.common.lease import MembershipLease
-from kvmesh.services.common.process import ProcessContext
+from kvmesh.services.common.process import ProcessContext, listen_port
 from kvmesh.services.common.server import Listener
 from kvmesh.services.worker.hub import Hub
 from kvmesh.services.worker.limits import Limits
@@ -24,7 +23,6 @@ from kvmesh.services.worker.transfer import Transfer
 from kvmesh.v1 import mesh_pb2, worker_pb2_grpc
 
 SERVICE_NAME = "kvmesh.v1.Worker"
-PORT_VARIABLE = "KVMESH_PORT"  # a restarted process keeps the port it had
 KIND = "worker"
 
 Opener = Callable[[MeshConfig, WorkerConfig], Model]
@@ -82,7 +80,7 @@ class WorkerService:
 
     @property
     def listeners(self) -> Sequence[Listener]:
-        port = int(os.environ.get(PORT_VARIABLE, self._worker.port))
+        port = listen_port(self._worker.port)
         return (Listener(self._context.config.host, port, (SERVICE_NAME,)),)
 
     def register(self, listeners: Sequence[grpc.aio.Server]) -> None:
