@@ -80,7 +80,7 @@ async def blocks_free(client: InferenceClient) -> dict[str, tuple[int, int, int]
     }
 
 
-async def test_cancel_frees_everything_within_a_second(tmp_path: Path) -> None:
+async def test_cancel_frees_everything(tmp_path: Path) -> None:
     endless = common_pb2.SamplingParams(temperature=0.0, max_tokens=7000, ignore_eos=True)
     async with (
         running_mesh(mesh_config(), tmp_path) as mesh,
@@ -94,9 +94,9 @@ async def test_cancel_frees_everything_within_a_second(tmp_path: Path) -> None:
         assert await blocks_free(client) != idle
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
-        async with asyncio.timeout(
-            2.0
-        ):  # one second, and one for the load report of an idle worker
+        # It takes less than a second, and an idle worker reports its load once a second; but a
+        # test is no stop-watch, and a busy machine may be slow.
+        async with asyncio.timeout(20.0):
             while await blocks_free(client) != idle or (await client.status()).requests_active:
                 await asyncio.sleep(0.05)
 

@@ -3,10 +3,10 @@
 import hashlib
 import random
 import struct
-import time
 from collections import Counter
 
 import pytest
+from call_counts import num_calls
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -77,13 +77,11 @@ def test_a_parent_of_another_length_is_refused() -> None:
         child_key(b"p" * 15, [1])
 
 
-def test_hundred_thousand_tokens_are_hashed_fast() -> None:
+def test_a_hundred_thousand_tokens_cost_calls_by_the_block_not_by_the_token() -> None:
     ids = list(range(100_000))
-    begin = time.process_time()
-    keys = block_keys(ROOT, ids)
-    elapsed = time.process_time() - begin
-    assert len(keys) == 100_000 // 64
-    assert elapsed < 0.25, f"{elapsed:.3f} s of processor time"
+    num_blocks = len(ids) // 64
+    assert num_calls(lambda: block_keys(ROOT, ids)) < 10 * num_blocks
+    assert len(block_keys(ROOT, ids)) == num_blocks
 
 
 @given(st.permutations(["a:1", "b:2", "c:3", "d:4"]), st.integers(1, 5), st.integers(0, 2**31))
@@ -124,11 +122,9 @@ def test_a_shard_that_leaves_moves_only_its_own_keys(replicas: int) -> None:
     assert abs(moved - len(keys) / 6) < 6 * (len(keys) / 6) ** 0.5
 
 
-def test_placement_of_thousands_of_keys_is_fast() -> None:
+def test_placement_of_thousands_of_keys_makes_few_calls() -> None:
     keys = random_keys(10_000)
-    begin = time.process_time()
-    place_all(keys, ["a:1", "b:2", "c:3"], 2)
-    assert time.process_time() - begin < 0.25
+    assert num_calls(lambda: place_all(keys, ["a:1", "b:2", "c:3"], 2)) < 5 * len(keys)
 
 
 def test_placement_without_shards_is_nowhere() -> None:
