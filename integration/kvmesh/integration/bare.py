@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter
 from pydantic.dataclasses import dataclass
@@ -22,9 +21,8 @@ from kvmesh.services.common.config import MeshConfig, WorkerConfig
 from kvmesh.services.common.sampling import SamplingSettings
 from kvmesh.services.kvcache.keys import root_key
 from kvmesh.services.worker.engine import Engine, Outcome
-from kvmesh.services.worker.limits import Limits
 from kvmesh.services.worker.sequence import Work
-from kvmesh.services.worker.service import open_configured
+from kvmesh.services.worker.service import limits_of, open_configured
 
 
 @dataclass(frozen=True)
@@ -57,14 +55,7 @@ class BareEngine:
     def __init__(self, model: Model, worker: WorkerConfig) -> None:
         self._model = model
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        limits = Limits(
-            slots=worker.slots,
-            num_blocks=model.pool.num_blocks,
-            max_context=model.spec.max_context,
-            max_waiting=worker.max_waiting,
-            step_tokens=worker.step_tokens,
-            prefill_chunk=worker.prefill_chunk,
-        )
+        limits = limits_of(worker, model)
         self._engine = Engine(model, limits, self._outcomes.put, time.perf_counter)
         self._engine.start()
         self._tickets = 0
@@ -118,20 +109,12 @@ def main(arguments: Sequence[str]) -> None:
     config = MeshConfig.model_validate_json(Path(arguments[0]).read_text())
     engine = BareEngine(open_configured(config, config.workers[0]), config.workers[0])
     try:
-        _say({"ready": True})
+        print('{"ready": true}', flush=True)
         for line in sys.stdin:
             result = engine.run(READ_ROUND.validate_json(line))
-            sys.stdout.write(READ_RESULT.dump_json(result).decode() + "\n")
-            sys.stdout.flush()
+            print(READ_RESULT.dump_json(result).decode(), flush=True)
     finally:
         engine.close()
-
-
-def _say(value: dict[str, Any]) -> None:
-    import json
-
-    sys.stdout.write(json.dumps(value) + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -22,12 +22,6 @@ class RequestResult:
     usage: inference_pb2.Usage = field(default_factory=inference_pb2.Usage)
     error: str = ""  # class and message of what ended it; empty for a finished request
 
-    @property
-    def tpot_s(self) -> float:
-        """Mean seconds per output token after the first; 0 with fewer than two tokens."""
-        tokens = self.usage.completion_tokens
-        return (self.duration_s - self.ttft_s) / (tokens - 1) if tokens > 1 else 0.0
-
 
 async def run_request(
     client: InferenceClient,

@@ -16,7 +16,7 @@ RETRY_S = 0.2  # between attempts to reach a router that is not there yet
 
 
 class MembershipLease:
-    """Keeps `member` in the mesh of `link` until closed.
+    """Keeps `member` in the mesh of `link` until closed, and then closes the link.
 
     A router that restarted or forgot us is told again; one that is away is retried for ever,
     since it is the mesh's only one. A router that refuses our block format ends the process.
@@ -45,11 +45,14 @@ class MembershipLease:
 
     async def close(self) -> None:
         """Leaves the mesh. Twice is safe, and a router that is away is no error."""
-        if self._task is None:
-            return
-        self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-        self._task = None
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await self._leave()
+        await self._link.close()
+
+    async def _leave(self) -> None:
         request = mesh_pb2.LeaveRequest(
             member_id=self._member.member_id, incarnation=self._member.incarnation
         )

@@ -39,7 +39,6 @@ class KvCacheService:
             context.telemetry,
             time.monotonic,
         )
-        self._mesh: Link | None = None
         self._lease: MembershipLease | None = None
 
     @property
@@ -53,14 +52,14 @@ class KvCacheService:
         """Raises the MeshError of a probe that failed, or Incompatible from the router."""
         (address,) = addresses
         await self._probe(address)
-        self._mesh = Link(self._context.mesh_address, self._context.security)
         member = mesh_pb2.Member(
             member_id=self._context.member_id,
             incarnation=self._context.incarnation,
             kind="kvcache",
             address=address,
         )
-        self._lease = MembershipLease(self._mesh, member)
+        link = Link(self._context.mesh_address, self._context.security)
+        self._lease = MembershipLease(link, member)
         await self._lease.start()
 
     async def drain(self) -> None:
@@ -71,8 +70,6 @@ class KvCacheService:
     async def close(self) -> None:
         if self._lease is not None:
             await self._lease.close()
-        if self._mesh is not None:
-            await self._mesh.close()
 
     async def _probe(self, address: str) -> None:
         """The shard answers under its own address, with the credentials that others use."""

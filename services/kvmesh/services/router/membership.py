@@ -22,11 +22,6 @@ class Lease:
     expires: float
     draining: bool = False
 
-    @property
-    def scope(self) -> tuple[str, int]:
-        """Tells this life of the member from every other."""
-        return self.member.member_id, self.member.incarnation
-
 
 @dataclass(frozen=True, slots=True)
 class Joined:

@@ -35,7 +35,6 @@ class TokenizerService:
         )
         self._executor = ThreadPoolExecutor(config.tokenizer.threads, "tokenizer")
         self._servicer = TokenizerServicer(self._codec, self._executor, context.telemetry)
-        self._mesh_link: Link | None = None
         self._lease: MembershipLease | None = None
 
     @property
@@ -60,8 +59,7 @@ class TokenizerService:
                 name=context.config.model.name, vocab_size=self._codec.vocab_size
             ),
         )
-        self._mesh_link = Link(context.mesh_address, context.security)
-        self._lease = MembershipLease(self._mesh_link, member)
+        self._lease = MembershipLease(Link(context.mesh_address, context.security), member)
         await self._lease.start()
 
     async def drain(self) -> None:
@@ -72,8 +70,6 @@ class TokenizerService:
     async def close(self) -> None:
         if self._lease is not None:
             await self._lease.close()
-        if self._mesh_link is not None:
-            await self._mesh_link.close()
         await asyncio.to_thread(self._executor.shutdown, cancel_futures=True)
 
     async def _probe(self, address: str) -> None:

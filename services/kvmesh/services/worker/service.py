@@ -55,6 +55,18 @@ def open_configured(config: MeshConfig, worker: WorkerConfig) -> Model:
     return open_model(worker.backend, checkpoint_path(config.model), options)
 
 
+def limits_of(worker: WorkerConfig, model: Model) -> Limits:
+    """What the configuration and the opened model allow an engine."""
+    return Limits(
+        slots=min(worker.slots, model.pool.num_slots),
+        num_blocks=model.pool.num_blocks,
+        max_context=model.spec.max_context,
+        max_waiting=worker.max_waiting,
+        step_tokens=worker.step_tokens,
+        prefill_chunk=worker.prefill_chunk,
+    )
+
+
 class WorkerService:
     """Implements common.server.Service. opener: for models that no backend's name stands for."""
 
@@ -68,7 +80,6 @@ class WorkerService:
         self._transfer: Transfer | None = None
         self._hub: Hub | None = None
         self._lease: MembershipLease | None = None
-        self._mesh_link: Link | None = None
         self._servicer = WorkerServicer(context.member_id, self._worker.role)
 
     @property
@@ -102,9 +113,8 @@ class WorkerService:
             model.spec.layout,
             context.telemetry,
         )
-        hub = Hub(
-            model, self._limits(model), self._transfer, context.telemetry, context.incarnation
-        )
+        limits = limits_of(self._worker, model)
+        hub = Hub(model, limits, self._transfer, context.telemetry, context.incarnation)
         self._hub = hub
         hub.start()
         await hub.probe()
@@ -125,25 +135,11 @@ class WorkerService:
             await self._hub.close()
         if self._transfer is not None:
             await self._transfer.close()
-        if self._mesh_link is not None:
-            await self._mesh_link.close()
         await self._links.close()
         if self._model is not None:
             self._model.close()
 
-    def _limits(self, model: Model) -> Limits:
-        worker = self._worker
-        return Limits(
-            slots=min(worker.slots, model.pool.num_slots),
-            num_blocks=model.pool.num_blocks,
-            max_context=model.spec.max_context,
-            max_waiting=worker.max_waiting,
-            step_tokens=worker.step_tokens,
-            prefill_chunk=worker.prefill_chunk,
-        )
-
     async def _join(self, model: Model, hub: Hub, address: str) -> None:
-        self._mesh_link = Link(self._context.mesh_address, self._context.security)
         member = mesh_pb2.Member(
             member_id=self._context.member_id,
             incarnation=self._context.incarnation,
@@ -154,5 +150,6 @@ class WorkerService:
             device=model.device.name,
             simulated=model.device.simulated,
         )
-        self._lease = MembershipLease(self._mesh_link, member, self._deadlines)
+        link = Link(self._context.mesh_address, self._context.security)
+        self._lease = MembershipLease(link, member, self._deadlines)
         await self._lease.start()
