@@ -16,8 +16,8 @@
     60   4 B zero
     64   u8 codec id of each layer, zeros up to a multiple of 64   (the table of layers, or nothing)
          ┌ layer 0 ──────────────────────────────────────────────────────────────┐
-         │ K codes [head][dim][token]   packed along tokens                        │
-         │ V codes [head][token][dim]   packed along dims                          │
+         │ K codes  [head][dim / c][token][4 bytes]       sums run along dims      │
+         │ V codes  [head][token / c][dim][4 bytes]       sums run along tokens    │
          │ K scales fp16 [head][token]  (absent from float codecs)                 │
          │ V scales fp16 [head][token]  (absent from float codecs)                 │
          └────────────────────────────────────────────────────────────────────────┘
@@ -25,17 +25,19 @@
     -64  60 B zero
     -4   u32 CRC-32 (zlib) of every byte before it
 
-    A byte of codes, the first of them in the lowest bits:
+Codes lie in words of 4 bytes. A word holds c consecutive elements of the axis that is summed over,
+for one lane of the other axis; lanes follow each other. So a vector register of words is a row of
+lanes (tokens for scores, dims for outputs), and no sum crosses lanes. Element 4 k + b of a word's c
+is field k, from the lowest bits, of byte b: masking or shifting a register yields, in each lane,
+four consecutive elements in four bytes, as integer dot products want them.
 
-    8 bits   c0 c0 c0 c0 c0 c0 c0 c0   int8
-    4 bits   c1 c1 c1 c1 c0 c0 c0 c0
-    2 bits   c3 c3 c2 c2 c1 c1 c0 c0
-    3 bits   two planes per head: the 2-bit magnitudes of all its codes as above, then their signs,
-             s7 s6 s5 s4 s3 s2 s1 s0
-    16, 32   IEEE floats
+    8 bits   c =  4   one field a byte: u of codebook.py
+    4 bits   c =  8   byte b:  element 4+b (high nibble), element b
+    2 bits   c = 16   byte b:  elements 12+b, 8+b, 4+b, b
+    3 bits            two planes per head, the 2-bit magnitudes of all codes as above, then their
+             c = 32   signs: bit k of byte b is element 4k+b; padded with zeros to whole words
+    16, 32            IEEE floats: K [head][dim][token], V [head][token][dim]
 
-K lies dim by dim and V token by token because scores are then sums over rows of 64 tokens and
-outputs sums over rows of head_dim: both vectorise without a reduction across lanes.
 A CRC-32 finds every single flipped bit and every burst of up to 32 bits.
 """
 
@@ -59,7 +61,7 @@ from kvmesh.kernels.layout import BLOCK_SIZE, CODECS, HEADER_BYTES, KvLayout
 from kvmesh.kernels.rotation import ROTATION_SEED
 
 MAGIC = b"KVMB"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _HEADER = struct.Struct("<4sHH16sIHHIIQQI4x")
 _CHECKSUM = struct.Struct("<I")
 _CODEC_NAMES = {codec.codec_id: name for name, codec in CODECS.items()}

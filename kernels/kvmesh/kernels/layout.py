@@ -65,9 +65,19 @@ class Planes(NamedTuple):
 
 
 def supports_head_dim(head_dim: int) -> bool:
-    """Whether blocks can hold vectors of this size: planes of bits want multiples of 8."""
-    fits = MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM and head_dim % 8 == 0
+    """Whether blocks can hold vectors of this size: a word of 2-bit codes spans 16 of them."""
+    fits = MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM and head_dim % 16 == 0
     return fits and has_rotation(head_dim)
+
+
+def plane_bytes(length: int, lanes: int, bits: int) -> int:
+    """Size of one head's codes [length, lanes], length a multiple of 16 (block.py draws them).
+
+    Only the signs of 3-bit codes may need padding: their words span 32 elements.
+    """
+    if bits == 3:
+        return length * lanes // 4 + -(-length // 32) * lanes * 4
+    return length * lanes * bits // 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +109,7 @@ class KvLayout:
             )
         if not supports_head_dim(self.head_dim):
             raise ValueError(
-                f"head_dim is {self.head_dim}, must be a multiple of 8 in "
+                f"head_dim is {self.head_dim}, must be a multiple of 16 in "
                 f"{MIN_HEAD_DIM}..{MAX_HEAD_DIM} that has a Hadamard matrix"
             )
         if len(self.fingerprint) != FINGERPRINT_BYTES:
@@ -152,8 +162,8 @@ def _all_planes(layout: KvLayout) -> tuple[Planes, ...]:
         codec = CODECS[name]
         starts = [at]
         for size in (
-            vectors * layout.head_dim * codec.key_bits // 8,
-            vectors * layout.head_dim * codec.value_bits // 8,
+            layout.num_kv_heads * plane_bytes(layout.head_dim, BLOCK_SIZE, codec.key_bits),
+            layout.num_kv_heads * plane_bytes(BLOCK_SIZE, layout.head_dim, codec.value_bits),
             2 * vectors * codec.key_scales,
             2 * vectors * codec.value_scales,
         ):

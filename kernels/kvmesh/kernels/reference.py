@@ -84,39 +84,44 @@ def decode(
     return x
 
 
-def _pack_plane(codes: Octets, width: int) -> Octets:
-    """8 / width codes along the last axis into a byte, the first one in the lowest bits."""
-    count = 8 // width
-    shifts = np.arange(count, dtype=np.uint8) * np.uint8(width)
-    packed = codes.reshape(*codes.shape[:-1], -1, count) << shifts
-    octets: Octets = np.bitwise_or.reduce(packed, axis=-1).astype(np.uint8)
-    return octets
+def _pack_words(codes: Octets, width: int) -> Octets:
+    """Words of codes [heads, length, lanes] along length (block.py): uint8 [heads, size]."""
+    heads, _, lanes = codes.shape
+    fields = 8 // width
+    shifts = (np.arange(fields) * width)[:, None, None]
+    by_field = codes.reshape(heads, -1, fields, 4, lanes).astype(np.int64) << shifts
+    octets = np.bitwise_or.reduce(by_field, axis=2).astype(np.uint8)  # [heads, words, 4, lanes]
+    return octets.transpose(0, 1, 3, 2).reshape(heads, -1)
 
 
-def _unpack_plane(packed: Octets, width: int) -> Octets:
-    shifts = np.arange(0, 8, width, dtype=np.uint8)
-    codes = packed[..., None] >> shifts & np.uint8((1 << width) - 1)
-    flat: Octets = codes.reshape(*packed.shape[:-1], -1)
-    return flat
+def _unpack_words(plane: Octets, width: int, lanes: int) -> Octets:
+    heads = len(plane)
+    octets = plane.reshape(heads, -1, lanes, 4).transpose(0, 1, 3, 2)
+    shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None, None]
+    codes: Octets = octets[:, :, None] >> shifts & np.uint8((1 << width) - 1)
+    return codes.reshape(heads, -1, lanes)
 
 
 def pack(codes: Octets, bits: int) -> Octets:
-    """The plane of codes [heads, n, m], packed along m: uint8 [heads, n * m * bits / 8]."""
-    heads = len(codes)
+    """The plane of codes [heads, length, lanes], in words along length: uint8 [heads, size].
+
+    length: a multiple of 16.
+    """
     if bits != 3:
-        return _pack_plane(codes, bits).reshape(heads, -1)
-    low = _pack_plane(codes & np.uint8(3), 2).reshape(heads, -1)
-    return np.concatenate((low, _pack_plane(codes >> np.uint8(2), 1).reshape(heads, -1)), axis=1)
+        return _pack_words(codes, bits)
+    padded = np.pad(codes >> np.uint8(2), ((0, 0), (0, -codes.shape[1] % 32), (0, 0)))
+    return np.concatenate((_pack_words(codes & np.uint8(3), 2), _pack_words(padded, 1)), axis=1)
 
 
 def unpack(plane: Octets, bits: int, shape: tuple[int, int, int]) -> Octets:
-    """The codes of `pack`: uint8 [heads, n, m]."""
-    plane = plane.reshape(shape[0], -1)
+    """The codes of `pack`: uint8 [heads, length, lanes]."""
+    heads, length, lanes = shape
+    plane = plane.reshape(heads, -1)
     if bits != 3:
-        return _unpack_plane(plane, bits).reshape(shape)
-    border = plane.shape[1] // 3 * 2
-    low = _unpack_plane(plane[:, :border], 2)
-    return (low | _unpack_plane(plane[:, border:], 1) << np.uint8(2)).reshape(shape)
+        return _unpack_words(plane, bits, lanes)
+    border = length * lanes // 4
+    signs = _unpack_words(plane[:, border:], 1, lanes)[:, :length]
+    return _unpack_words(plane[:, :border], 2, lanes) | signs << np.uint8(2)
 
 
 def _to_floats(x: Floats, bits: int) -> Octets:
