@@ -1,7 +1,8 @@
 """The loop around simd.py's primitives: out[r, lane] of all lanes of one head's plane."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -9,8 +10,14 @@ from numba.extending import intrinsic
 
 from kvmesh.kernels import codebook
 from kvmesh.kernels.cpu import simd
+from kvmesh.kernels.cpu.jit import kernel
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+
+_LARGEST = np.float32(simd.LARGEST)
+_UNIT = np.float32(1 / simd.LARGEST)
+_SMALLEST = np.float32(2.0**-100)  # rows below are zeros
+_ROUND = np.float32(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to an integer
 
 
 class _Loop:
@@ -122,3 +129,96 @@ def make_dot(path: str, bits: int, rows: int) -> Any:
         return types.void(*[types.int64] * 9), emit
 
     return intrinsic(dot)
+
+
+_ONE_ROW = {bits: make_dot(simd.CHOSEN, bits, 1) for bits in (2, 3, 4, 8)}
+_MORE_ROWS = {bits: make_dot(simd.CHOSEN, bits, simd.ROWS) for bits in (2, 3, 4, 8)}
+_one2, _one3, _one4, _one8 = _ONE_ROW.values()
+_more2, _more3, _more4, _more8 = _MORE_ROWS.values()
+
+
+@kernel
+def _dot_one(
+    bits: int, codes: int, w: int, high: int, low: int, out: int, length: int, lanes: int
+) -> None:
+    if bits == 4:
+        _one4(codes, w, high, low, out, length, lanes, length, lanes)
+    elif bits == 3:
+        _one3(codes, w, high, low, out, length, lanes, length, lanes)
+    elif bits == 2:
+        _one2(codes, w, high, low, out, length, lanes, length, lanes)
+    else:
+        _one8(codes, w, high, low, out, length, lanes, length, lanes)
+
+
+@kernel
+def dot_rows(
+    bits: int, codes: int, weights: Any, first: int, count: int, out: Any, lanes: int
+) -> None:
+    """out[r] = the dot products of rows [first, first + count) of weights, count <= ROWS.
+
+    codes: address of one head's plane; weights: Weights of rows [any, length]; out: int32
+    [ROWS, at least lanes].
+    """
+    length = weights.wide.shape[1]
+    w, high, low = (
+        weights.wide[first:].ctypes.data,
+        weights.high[first:].ctypes.data,
+        weights.low[first:].ctypes.data,
+    )
+    stride = out.shape[1]
+    if count == simd.ROWS:
+        to = out.ctypes.data
+        if bits == 4:
+            _more4(codes, w, high, low, to, length, lanes, length, stride)
+        elif bits == 3:
+            _more3(codes, w, high, low, to, length, lanes, length, stride)
+        elif bits == 2:
+            _more2(codes, w, high, low, to, length, lanes, length, stride)
+        else:
+            _more8(codes, w, high, low, to, length, lanes, length, stride)
+    else:
+        for r in range(count):
+            to = out[r:].ctypes.data
+            at = length * r
+            _dot_one(bits, codes, w + 2 * at, high + at, low + at, to, length, lanes)
+
+
+class Weights(NamedTuple):
+    """Rows of 16-bit weights: round(x * LARGEST / largest |x| of the row)."""
+
+    wide: Any  # int16 [rows, length]
+    high: Any  # int8 [rows, length], wide = 256 high + low
+    low: Any  # int8 [rows, length]
+    unit: Any  # fp32 [rows], what a weight of one stands for
+    offset: Any  # int32 [rows], 255 times the row's sum
+
+
+@kernel
+def make_weights(rows: int, length: int) -> Any:
+    return Weights(
+        np.empty((rows, length), np.int16),
+        np.empty((rows, length), np.int8),
+        np.empty((rows, length), np.int8),
+        np.empty(rows, np.float32),
+        np.empty(rows, np.int32),
+    )
+
+
+@kernel
+def set_weights(weights: Any, row: int, x: Any) -> None:
+    """Rounds fp32 [length] into a row."""
+    largest = np.float32(0.0)
+    for i in range(x.size):
+        largest = max(largest, abs(x[i]))
+    scale = _LARGEST / largest if largest > _SMALLEST else np.float32(0.0)
+    weights.unit[row] = largest * _UNIT
+    total = np.int32(0)
+    for i in range(x.size):
+        whole = np.int32((x[i] * scale + _ROUND) - _ROUND)
+        high = (whole + np.int32(128)) >> np.int32(8)
+        weights.wide[row, i] = np.int16(whole)
+        weights.high[row, i] = np.int8(high)
+        weights.low[row, i] = np.int8(whole - (high << np.int32(8)))
+        total += whole
+    weights.offset[row] = np.int32(255) * total

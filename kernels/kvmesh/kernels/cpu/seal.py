@@ -10,7 +10,7 @@ import numpy as np
 
 from kvmesh.kernels.codebook import GRID_MIDDLE, STEPS_8
 from kvmesh.kernels.cpu.jit import kernel, to_half
-from kvmesh.kernels.cpu.tile import head_bytes
+from kvmesh.kernels.cpu.tile import plane_at
 from kvmesh.kernels.layout import BLOCK_SIZE
 from kvmesh.kernels.reference import LARGEST, SMALLEST_NORM2, WEAKEST
 
@@ -202,14 +202,9 @@ def seal_layer(geo: Any, table: Any, pool: Any, block: int, tail: Any, centers: 
     codes = np.empty((geo.dim, BLOCK_SIZE), np.uint8)
     for kind in range(2):
         bits = geo.value_bits if kind else geo.key_bits
-        plane = geo.value_codes if kind else geo.key_codes
         scales_at = geo.value_scales if kind else geo.key_scales
         for head in range(geo.heads):
-            at = plane + head * (
-                head_bytes(BLOCK_SIZE, geo.dim, bits)
-                if kind
-                else head_bytes(geo.dim, BLOCK_SIZE, bits)
-            )
+            at = plane_at(geo, kind, head)
             rows = tail[kind, :, head, :]
             if bits > 8:
                 _write_floats(pool, block, at, bits, rows if kind else rows.T)

@@ -1,8 +1,7 @@
-"""What the kernels are told about a layer, and how they read a block's planes into fp32 tiles.
+"""What the kernels are told about a layer, and how they find and read a block's planes.
 
-A tile holds one KV head of one block: keys [dim][64 tokens], values [64 tokens][dim], in the
-rotated and centered space the block is coded in (in K's and V's own space for float codecs),
-without their scales.
+A tile holds one KV head of one block of floats, or of a tail: keys [dim][64 tokens], values
+[64 tokens][dim], in K's and V's own space. Codes are never read into tiles: dot.py takes them.
 """
 
 import functools
@@ -11,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvmesh.kernels import codebook, rotation
+from kvmesh.kernels.cpu import simd
+from kvmesh.kernels.cpu.dot import make_weights
 from kvmesh.kernels.cpu.jit import from_half, kernel
 from kvmesh.kernels.layout import BLOCK_SIZE, KvLayout, plane_bytes
 
@@ -44,6 +45,7 @@ class Tables(NamedTuple):
     thresholds: Any
     stored: Any
     levels: Any
+    half_step: Any  # fp32 [2], of codebook.step
 
 
 class Pool(NamedTuple):
@@ -68,6 +70,10 @@ class Scratch(NamedTuple):
     peak: Any  # fp32 [rows], largest score so far
     total: Any  # fp32 [rows], sum of exp(score - peak)
     mixed: Any  # fp32 [rows, dim], the values' sum under those weights
+    rounded: Any  # Weights of queries [rows, dim]
+    mixing: Any  # Weights of values [ROWS, 64]
+    fades: Any  # fp32 [ROWS]
+    dots: Any  # int32 [ROWS, the larger of dim and 64]
 
 
 @functools.cache
@@ -94,11 +100,13 @@ def tables(layout: KvLayout, layer: int) -> Tables:
         np.zeros((2, 15), np.float32),
         np.zeros((2, 16), np.uint8),
         np.zeros((2, 256), np.float32),
+        np.zeros(2, np.float32),
     )
     codec = layout.planes(layer).codec
     for kind, bits in enumerate((codec.key_bits, codec.value_bits)):
         if bits <= 8:
             table.levels[kind, : 1 << bits] = codebook.levels(bits)
+            table.half_step[kind] = codebook.step(bits) / 2
         if bits < 8:
             table.thresholds[kind, : (1 << bits) - 1] = codebook.thresholds(bits)
             table.stored[kind, : 1 << bits] = codebook.stored_codes(bits)
@@ -120,6 +128,10 @@ def make_scratch(dim: int, rows: int) -> Any:
         np.empty(rows, np.float32),
         np.empty(rows, np.float32),
         np.empty((rows, dim), np.float32),
+        make_weights(rows, dim),
+        make_weights(simd.ROWS, BLOCK_SIZE),
+        np.empty(simd.ROWS, np.float32),
+        np.empty((simd.ROWS, max(dim, BLOCK_SIZE)), np.int32),
     )
 
 
@@ -149,50 +161,13 @@ def hadamard(x: Any, base: Any) -> None:
 
 
 @kernel
-def _read_words(octets: Any, levels: Any, width: int, out: Any) -> None:
-    """Decodes words of 2, 4 or 8 bits (block.py) along the first axis of out fp32 [length, lanes].
-
-    levels: fp32 [256].
-    """
-    length, lanes = out.shape
-    mask = np.uint8((1 << width) - 1)
-    for j in range(length):
-        word, rest = divmod(j, 32 // width)
-        shift = np.uint8(rest // 4 * width)
-        first = 4 * lanes * word + rest % 4
-        for lane in range(lanes):
-            out[j, lane] = levels[octets[first + 4 * lane] >> shift & mask]
-
-
-@kernel
-def _flip_signs(octets: Any, out: Any) -> None:
-    """Negates out fp32 [length, lanes] where the plane of signs has a one."""
-    length, lanes = out.shape
-    for j in range(length):
-        word, rest = divmod(j, 32)
-        shift = np.uint8(rest // 4)
-        first = 4 * lanes * word + rest % 4
-        for lane in range(lanes):
-            if octets[first + 4 * lane] >> shift & np.uint8(1):
-                out[j, lane] = -out[j, lane]
-
-
-@kernel
-def _read_plane(pool: Any, block: int, offset: int, bits: int, levels: Any, out: Any) -> None:
-    """Decodes one head's plane, `offset` bytes into a block, to out fp32 [length, lanes]."""
-    octets = pool.octets[block, offset:]
-    if bits == 3:  # a magnitude's code is that of its positive level
-        _read_words(octets, levels, 2, out)
-        _flip_signs(octets[out.size // 4 :], out)
-    elif bits <= 8:
-        _read_words(octets, levels, bits, out)
-    else:
-        flat = out.reshape(out.size)
-        for i in range(out.size):
-            if bits == 16:
-                flat[i] = from_half(pool.halves[block, offset // 2 + i])
-            else:
-                flat[i] = pool.floats[block, offset // 4 + i]
+def _read_floats(pool: Any, block: int, offset: int, bits: int, out: Any) -> None:
+    """Reads out.size floats of 16 or 32 bits, `offset` bytes into a block. out: contiguous."""
+    for i in range(out.size):
+        if bits == 16:
+            out[i] = from_half(pool.halves[block, offset // 2 + i])
+        else:
+            out[i] = pool.floats[block, offset // 4 + i]
 
 
 @kernel
@@ -202,13 +177,21 @@ def _read_scales(pool: Any, block: int, offset: int, bits: int, out: Any) -> Non
 
 
 @kernel
-def read_tile(geo: Any, table: Any, pool: Any, block: int, head: int, scratch: Any) -> None:
-    """Fills the scratch tile and its scales with one KV head of a sealed block."""
+def plane_at(geo: Any, kind: int, head: int) -> int:
+    """Where one head's codes begin, in bytes from the block's start."""
+    if kind:
+        return geo.value_codes + head * head_bytes(BLOCK_SIZE, geo.dim, geo.value_bits)
+    return geo.key_codes + head * head_bytes(geo.dim, BLOCK_SIZE, geo.key_bits)
+
+
+@kernel
+def read_tile(geo: Any, pool: Any, block: int, head: int, scratch: Any) -> None:
+    """Fills the scratch scales with one KV head of a block, and the tile if it has floats."""
+    size = BLOCK_SIZE * geo.dim
     for kind in range(2):
         bits = geo.value_bits if kind else geo.key_bits
-        tile = scratch.values if kind else scratch.keys
-        plane = geo.value_codes if kind else geo.key_codes
-        plane += head * head_bytes(tile.shape[0], tile.shape[1], bits)
-        _read_plane(pool, block, plane, bits, table.levels[kind], tile)
+        if bits > 8:
+            tile = (scratch.values if kind else scratch.keys).reshape(size)
+            _read_floats(pool, block, plane_at(geo, kind, head), bits, tile)
         at = (geo.value_scales if kind else geo.key_scales) + head * BLOCK_SIZE * 2
         _read_scales(pool, block, at, bits, scratch.value_scales if kind else scratch.key_scales)
