@@ -15,6 +15,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from kvmesh.kernels.cpu import simd
+
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
 
 _LOG2E = np.float32(1.44269504088896341)
@@ -39,9 +41,9 @@ _TO_NORMAL = np.float32(2.0**112)
 
 
 def _sources_digest() -> str:
-    """Names the state of every file that machine code is made from."""
+    """Names the state of every file that machine code is made from, and the instruction set."""
     here = Path(__file__).parent
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(simd.CHOSEN.encode())
     for path in sorted([*here.glob("*.py"), *here.parent.glob("*.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -52,7 +54,9 @@ _DIGEST = _sources_digest()
 
 def kernel(function: _Kernel) -> _Kernel:
     """Compiles a function that other kernels call, without the GIL."""
-    compiled: Any = numba.njit(nogil=True, error_model="numpy")(function)
+    compiled: Any = numba.njit(
+        nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
+    )(function)
     return cast(_Kernel, compiled)
 
 
