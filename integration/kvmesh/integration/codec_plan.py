@@ -96,24 +96,28 @@ def search(
     smallest = cheapest(layers, math.inf)
     while True:
         assignment = cheapest(layers, target)
-        fresh = assignment not in seen
-        if fresh:
+        if assignment not in seen:
             seen[assignment] = measure(assignment)
         kl = seen[assignment].kl_nats
         if kl <= budget:
             low = target
         else:
             high = target
-        rounds = len(seen) - len(known)
-        if low is None:
-            if predicted_kl(layers, assignment) <= 0:  # nothing loses less
-                break
-        elif rounds >= MAX_ROUNDS or _CLOSE * budget <= kl <= budget or assignment == smallest:
-            break
-        elif low == 0 or (high is not None and high / low < _FINE):
+        if low is None and predicted_kl(layers, assignment) <= 0:
+            break  # nothing loses less
+        if low is not None and (
+            assignment == smallest
+            or len(seen) - len(known) >= MAX_ROUNDS
+            or _CLOSE * budget <= kl <= budget
+            or _is_narrow(low, high)
+        ):
             break
         target = _next_target(target, budget / kl if kl else 2.0, low, high)
     return _best(layers, budget, seen)
+
+
+def _is_narrow(low: float, high: float | None) -> bool:
+    return low == 0 or (high is not None and high / low < _FINE)
 
 
 def _next_target(target: float, ratio: float, low: float | None, high: float | None) -> float:

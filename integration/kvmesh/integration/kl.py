@@ -59,7 +59,8 @@ class Divergence:
     def by_block(self) -> list[tuple[int, float]]:
         """(first position, mean KL) of each block of positions."""
         blocks = self.position // BLOCK_SIZE
-        return [(int(b) * BLOCK_SIZE, float(self.kl[blocks == b].mean())) for b in np.unique(blocks)]
+        found = [int(block) for block in np.unique(blocks)]
+        return [(block * BLOCK_SIZE, float(self.kl[blocks == block].mean())) for block in found]
 
 
 def bytes_per_token(layout: KvLayout) -> int:

@@ -1,4 +1,4 @@
-"""The sequences that codecs are compared on: generated documents with questions, and plain texts."""
+"""What codecs are compared on: generated documents with questions, and plain texts."""
 
 import json
 from collections.abc import Iterator
@@ -72,6 +72,12 @@ class PromptSet:
 
     def _count(self, text: str) -> int:
         return len(self._encode(text))
+
+
+def load_sequences(folder: Path, prompts: Path | None, tokens: int, length: int) -> list[list[int]]:
+    """About `tokens` of the file, or of the bundled set, for the checkpoint in `folder`."""
+    made = PromptSet(folder)
+    return made.from_file(prompts, tokens, length) if prompts else made.bundled(tokens, length)
 
 
 def _bundled_texts() -> list[str]:
