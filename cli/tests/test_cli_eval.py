@@ -46,12 +46,12 @@ async def test_needle_tells_every_cell(tmp_path: Path) -> None:
 
 def test_a_model_is_checked_and_the_result_written(tmp_path: Path) -> None:
     target = tmp_path / "check.json"
-    small = ["--tokens", "130", "--length", "130", "--codecs", "k4v4,k2v2"]
-    told = json.loads(invoke("model", "check", *small, "-o", str(target), "--json"))
+    small = ["--tokens", "130", "--length", "130", "--codecs", "k2v2"]
+    told = invoke("model", "check", "mini", *small, "-o", str(target))
     found = read_check(target)
-    assert found is not None and json.loads(found.model_dump_json()) == told
-    assert found.chosen.kl_nats <= found.budget_nats and len(found.layer_codecs) == 4
-    assert "written to" in invoke("model", "check", "mini", *small, "-o", str(target))
+    assert found is not None and len(found.layer_codecs) == 4
+    assert found.chosen.kl_nats <= found.budget_nats
+    assert f"budget of 0.02 nats; written to {target}" in told.replace("\n", "")
 
 
 def test_the_bundled_model_has_been_checked() -> None:

@@ -72,7 +72,7 @@ def test_questions_are_read_and_scored_by_their_set(tmp_path: Path, tokenizer: T
         assert by_group[name].score(answer) == score, name
     assert not by_group["lcc"].chat and not by_group["trec"].chat and by_group["hotpotqa"].chat
     assert by_group["hotpotqa"].max_tokens == 32 and by_group["gov_report_e"].max_tokens == 512
-    assert "by the river.\n" in cases[0].prompt or "by the river." in cases[0].prompt
+    assert all("The old farmer sits by the river." in case.prompt for case in cases)
 
 
 def test_limit_and_choice(tmp_path: Path, tokenizer: Tokenizer) -> None:
