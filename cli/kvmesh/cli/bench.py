@@ -19,6 +19,9 @@ app = typer.Typer(no_args_is_help=True, help="Measure the mesh and its codec.")
 Concurrency = Annotated[str, typer.Option(help="Requests in flight, comma-separated.")]
 PromptTokens = Annotated[int, typer.Option(min=1, help="Length of each prompt.")]
 OutputTokens = Annotated[int, typer.Option(min=1, help="Length of each output.")]
+KvCodec = Annotated[
+    str | None, typer.Option("--codec", help="In place of the configured one.", show_default=False)
+]
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds of each; medians are shown.")]
 
 
@@ -29,6 +32,7 @@ async def mesh(
     prompt_tokens: PromptTokens = 128,
     output_tokens: OutputTokens = 64,
     rounds: Rounds = 3,
+    kv_codec: KvCodec = None,
     json: Json = False,
 ) -> None:
     """Tokens/s and TTFT through a whole mesh, beside the bare engine, in one run.
@@ -39,9 +43,14 @@ async def mesh(
 
     from kvmesh.integration.bench_mesh import BenchPlan, bench_mesh
     from kvmesh.integration.machine import describe_machine
-    from kvmesh.services.common.config import WorkerConfig, load_config
+    from kvmesh.services.common.codec_choice import choose_codec, find_check
+    from kvmesh.services.common.config import WorkerConfig, load_config, parse_config
 
     loaded = load_config(config)
+    if kv_codec is not None:
+        model = loaded.model.model_dump() | {"codec": kv_codec, "layer_codecs": ()}
+        chosen = parse_config({"model": model}, "--codec").model
+        loaded = loaded.model_copy(update={"model": chosen})
     workers = loaded.workers if config else (WorkerConfig(role="both"),)
     router = loaded.router.model_copy(update={"port": 0})
     ready = loaded.model_copy(update={"workers": workers, "router": router})
@@ -63,7 +72,8 @@ async def mesh(
         parts = {"plan": asdict(plan), "rows": [asdict(row) for row in rows]}
         print_json({"benchmark": "mesh", "machine": machine, "model": ready.model.name, **parts})
     else:
-        console().print(f"{machine}; {ready.model.name}, codec {ready.model.codec}")
+        choice = choose_codec(ready.model, find_check(ready.model))
+        console().print(f"{machine}; {ready.model.name}, codec {choice.label}")
         _table(rows)
 
 
