@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 from kvmesh.backends.base import ModelOptions
 from kvmesh.backends.errors import CheckpointError
 from kvmesh.backends.models.config import RopeConfig, read_config
-from kvmesh.backends.models.loader import CENTERS_FILE, load_checkpoint
+from kvmesh.backends.models.centers import CENTERS_FILE, write_centers
+from kvmesh.backends.models.loader import load_checkpoint
 from kvmesh.backends.models.rope import inverse_frequencies
 from kvmesh.backends.ort import SessionOptions, StagePipeline
 from kvmesh.backends.registry import open_model
@@ -181,7 +182,7 @@ def test_fingerprint_follows_weights_config_and_centers_but_not_files(folder):
 def test_centers_are_read_and_checked(folder):
     assert not load_checkpoint(folder).centers.any()
     centers = np.random.default_rng(0).standard_normal((2, 2, 2, 64), np.float32)
-    save_file({"centers": centers}, folder / CENTERS_FILE)
+    write_centers(folder, centers)
     assert np.array_equal(load_checkpoint(folder).centers, centers)
     for bad, message in (
         (centers[:1].copy(), "has shape"),
