@@ -214,5 +214,5 @@ def test_open_reports_the_checkpoint_not_the_backend(folder):
 
 
 def test_unknown_codec_is_named(folder):
-    with pytest.raises(ValueError, match="k9v9"):
+    with pytest.raises(CheckpointError, match="k9v9"):
         open_model("cpu", folder, ModelOptions(codec="k9v9", num_blocks=4))

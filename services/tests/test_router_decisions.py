@@ -82,16 +82,20 @@ class TestMembership:
         assert mesh.leave("worker-0", 2) is None
 
     @pytest.mark.parametrize(
-        ("field", "value"), [("codec", "fp32"), ("fingerprint", b"g" * 16), ("block_size", 32)]
+        ("field", "value"),
+        [
+            ("codec", "fp32"),
+            ("codec", "k4v4+0:k8v8"),  # another codec in one layer only
+            ("fingerprint", b"g" * 16),
+            ("block_size", 32),
+        ],
     )
     def test_the_first_worker_sets_the_format_for_good(self, field: str, value: object) -> None:
         mesh = Membership(3.0)
         mesh.register(member("worker-0"), 0.0)
         mesh.leave("worker-0", 1)
         other = member("worker-1")
-        setattr(
-            other.model.format, field, {"codec": "fp32", "block_size": 32}.get(field, b"g" * 16)
-        )
+        setattr(other.model.format, field, value)
         with pytest.raises(Incompatible, match="k4v4"):
             mesh.register(other, 0.0)
         mesh.register(member("worker-2"), 0.0)

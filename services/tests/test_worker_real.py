@@ -11,7 +11,14 @@ import transformers
 from worker_harness import attached, settled, shard, worker
 
 from kvmesh.backends.base import Model, ModelOptions
+from kvmesh.backends.errors import CheckpointError
+from kvmesh.backends.models.codec_check import BLOCK_FORMAT, CODEC_FILE, CodecCheck, write_check
 from kvmesh.backends.registry import open_model
+from kvmesh.services.common.config import MeshConfig, ModelConfig, WorkerConfig
+from kvmesh.services.kvcache.keys import block_keys
+from kvmesh.services.worker.messages import Receipt, block_format, to_work
+from kvmesh.services.worker.service import open_configured
+from kvmesh.v1 import worker_pb2
 
 PROMPTS = [np.random.default_rng(i).integers(3, 120, 30 + 45 * i).tolist() for i in range(5)]
 SAMPLED = {"temperature": 0.9, "top_p": 0.95, "seed": 12, "max_tokens": 40, "ignore_eos": True}
@@ -94,3 +101,57 @@ async def test_exact_blocks_say_what_torch_says(folder: Path) -> None:
                         eos_token_id=None, pad_token_id=0,
                     )  # fmt: skip
                 assert router.tokens[str(i)] == tokens[0, len(prompt) :].tolist(), i
+
+
+def check_of(fingerprint: bytes, layer_codecs: tuple[str, ...]) -> CodecCheck:
+    loss = {"kl_nats": 0.0, "kl_p99_nats": 0.0, "top1": 1.0, "bytes_per_token": 1}
+    return CodecCheck.model_validate(
+        {
+            "model": "tiny",
+            "fingerprint": fingerprint.hex(),
+            "block_format": BLOCK_FORMAT,
+            "prompts": "test",
+            "positions": 1,
+            "budget_nats": 0.01,
+            "codec": "k4v4",
+            "layer_codecs": layer_codecs,
+            "chosen": loss,
+            "uniform": {},
+            "layers": {},
+        }
+    )
+
+
+def test_the_codec_check_beside_the_checkpoint_is_used(
+    folder: Path, opened: list[Model], tmp_path: Path
+) -> None:
+    """Or refused, if it is of another model; and its blocks have keys of their own."""
+    fingerprint = opened[0].spec.layout.fingerprint
+    file = tmp_path / CODEC_FILE
+    config = MeshConfig(model=ModelConfig(name="tiny", path=folder, codec_check=file))
+    settings = WorkerConfig(blocks=12, slots=4)
+    write_check(file, check_of(fingerprint, ("k8v8", "k3v3")))
+    with closing(open_configured(config, settings)) as model:
+        assert model.spec.layout.codec_label == "k8v8+1:k3v3"
+        submit = worker_pb2.Submit(request_id="r", token_ids=range(3, 70), num_prompt_tokens=67)
+        keys = [
+            block_keys(to_work(submit, each.spec, Receipt(1, 0.0, ())).root, submit.token_ids)
+            for each in (model, opened[0])
+        ]
+        assert keys[0] != keys[1]
+        assert block_format(model.spec.layout).codec == "k8v8+1:k3v3"
+    write_check(file, check_of(b"x" * 16, ("k8v8", "k3v3")))
+    with pytest.raises(CheckpointError, match=f"fingerprint {(b'x' * 16).hex()}"):
+        open_configured(config, settings)
+    write_check(file, check_of(fingerprint, ("k8v8",) * 3))
+    with pytest.raises(CheckpointError, match=f"must have 2; codecs are from {file}"):
+        open_configured(config, settings)
+
+
+def test_a_model_that_was_never_checked_is_warned_about(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = MeshConfig(model=ModelConfig(name="tiny", path=folder))
+    with closing(open_configured(config, WorkerConfig(blocks=12, slots=4))) as model:
+        assert model.spec.layout.codec_label == "k4v4"
+    assert f"kvmesh model check {folder}" in caplog.text

@@ -87,11 +87,13 @@ class ModelSpec:
 class ModelOptions:
     """How a backend opens a checkpoint.
 
+    layer_codecs: a codec for each layer instead of `codec`; empty if all have that one.
     num_blocks: sealed blocks in the pool; None lets the backend take `memory_fraction` of the
     device's free memory. num_slots: sequences that may hold an unfinished block at once.
     """
 
     codec: str = "k4v4"
+    layer_codecs: tuple[str, ...] = ()
     num_blocks: int | None = None
     num_slots: int = 64
     max_step_tokens: int = 512  # most tokens of one forward, over all segments

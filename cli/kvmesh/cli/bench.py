@@ -39,6 +39,7 @@ async def mesh(
 
     from kvmesh.integration.bench_mesh import BenchPlan, bench_mesh
     from kvmesh.integration.machine import describe_machine
+    from kvmesh.services.common.codec_choice import choose_codec, find_check
     from kvmesh.services.common.config import WorkerConfig, load_config
 
     loaded = load_config(config)
@@ -63,7 +64,8 @@ async def mesh(
         parts = {"plan": asdict(plan), "rows": [asdict(row) for row in rows]}
         print_json({"benchmark": "mesh", "machine": machine, "model": ready.model.name, **parts})
     else:
-        console().print(f"{machine}; {ready.model.name}, codec {ready.model.codec}")
+        choice = choose_codec(ready.model, find_check(ready.model))
+        console().print(f"{machine}; {ready.model.name}, codec {choice.label}")
         _table(rows)
 
 

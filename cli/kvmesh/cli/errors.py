@@ -48,12 +48,13 @@ def explain(error: Exception) -> tuple[str, int]:
     # Imported late: an error may take a moment longer, a start may not.
     import grpc
 
+    from kvmesh.backends.errors import BackendError
     from kvmesh.integration.launch import MeshFailed
     from kvmesh.services.common.errors import ConfigError, MeshError, Overloaded, from_rpc
 
     if isinstance(error, ConfigError):
         return str(error), USAGE
-    if isinstance(error, MeshFailed):
+    if isinstance(error, (MeshFailed, BackendError)):
         return str(error), FAILED
     if isinstance(error, grpc.aio.AioRpcError):
         error = from_rpc(error, "mesh")

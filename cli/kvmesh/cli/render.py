@@ -69,6 +69,14 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     console().print(table)
 
 
+def print_markdown(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table for a document; columns as in `print_table`."""
+    typer.echo("| " + " | ".join(column.lstrip(">") for column in columns) + " |")
+    typer.echo("|" + "|".join("---:" if c.startswith(">") else "---" for c in columns) + "|")
+    for row in rows:
+        typer.echo("| " + " | ".join(str(cell) for cell in row) + " |")
+
+
 def size(num_bytes: float) -> str:
     """In binary units, three digits."""
     units = ("B", "KiB", "MiB", "GiB", "TiB")

@@ -47,10 +47,14 @@ def up(
     import asyncio
 
     from kvmesh.integration.launch_state import resolve_run_dir
+    from kvmesh.services.common.codec_choice import choose_codec, find_check
     from kvmesh.services.common.config import load_config
 
     mesh_config = load_config(config)
     path = resolve_run_dir(run_dir)
+    choice = choose_codec(mesh_config.model, find_check(mesh_config.model))
+    if choice.warning:
+        console(stderr=True).print(f"[yellow]warning:[/] {choice.warning}")
     if detach:
         _detached(config, path, timeout)
         return

@@ -99,7 +99,7 @@ class BareEngine:
                 token_ids=tuple(prompt),
                 num_prompt=len(prompt),
                 settings=settings,
-                root=root_key(layout.fingerprint, layout.codec, BLOCK_SIZE, asked.salt),
+                root=root_key(layout.fingerprint, layout.codec_label, BLOCK_SIZE, asked.salt),
                 eos_token_ids=self._model.spec.eos_token_ids,
             )
         )

@@ -1,78 +1,141 @@
-"""Answer quality through the whole mesh: fresh documents with facts, and questions about them."""
+"""Answer quality through the whole mesh: questions, answers, scores. What is asked comes from
+needle, ruler and longbench; here it is run, and counted."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
+from kvmesh.integration.launch import running_mesh
 from kvmesh.integration.loadgen import RequestResult, chat_request, closed_loop
-from kvmesh.integration.needle import MAX_FACTS, NeedleCase, make_case
+from kvmesh.integration.metrics import exact_match
+from kvmesh.integration.needle import MAX_FACTS, make_case
+from kvmesh.services.common.client import Link
+from kvmesh.services.common.config import (
+    MeshConfig,
+    ModelConfig,
+    RouterConfig,
+    WorkerConfig,
+)
 from kvmesh.services.router.client import InferenceClient
-from kvmesh.v1 import common_pb2
+from kvmesh.v1 import common_pb2, inference_pb2
 
-MAX_ANSWER_TOKENS = 24  # the longest answer is a name of a few tokens and the end token
+CONCURRENCY = 8
+NEEDLE_TOKENS = 24  # the longest answer is a name of a few tokens and the end token
+
+CountTokens = Callable[[str], int]
+OnDone = Callable[[RequestResult], None]
+
+
+@dataclass(frozen=True, slots=True)
+class EvalCase:
+    """One question. group: what its score is averaged within, such as (task, length).
+
+    score: of an answer, 0..1. chat: whether the prompt is a user message, or bare text.
+    """
+
+    group: tuple[str, ...]
+    prompt: str
+    score: Callable[[str], float]
+    max_tokens: int
+    chat: bool = True
+
+
+@dataclass(slots=True)
+class Score:
+    """The mean score of one group under one codec; a request that failed counts as 0."""
+
+    codec: str
+    group: tuple[str, ...]
+    cases: int = 0
+    total: float = 0.0
+    errors: int = 0
+
+    @property
+    def mean(self) -> float:
+        return self.total / self.cases if self.cases else 0.0
+
+    def add(self, score: float, failed: bool) -> None:
+        self.cases += 1
+        self.total += score
+        self.errors += failed
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "mean": round(self.mean, 4)}
 
 
 @dataclass(frozen=True, slots=True)
 class NeedlePlan:
-    """Which documents: `cases` of each length, with 1 to MAX_FACTS facts in turn."""
+    """Which documents: `cases` of each length, spread evenly over the depths, each document with
+    1 to MAX_FACTS facts in turn."""
 
     lengths: tuple[int, ...] = (256, 512, 1024)
-    cases: int = 100
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    cases: int = 200
     seed: int = 20_000
-    concurrency: int = 8
 
 
-@dataclass(slots=True)
-class NeedleScore:
-    """Exact answers at one document length under one codec."""
-
-    codec: str
-    length: int
-    cases: int = 0
-    exact: int = 0
-    errors: int = 0
-    by_facts: dict[int, tuple[int, int]] = field(default_factory=dict)  # facts -> (exact, cases)
-
-    @property
-    def accuracy(self) -> float:
-        return self.exact / self.cases if self.cases else 0.0
-
-    def add(self, case: NeedleCase, result: RequestResult) -> None:
-        right = int(not result.error and result.text.strip() == case.answer)
-        exact, cases = self.by_facts.get(case.num_facts, (0, 0))
-        self.by_facts[case.num_facts] = (exact + right, cases + 1)
-        self.cases += 1
-        self.exact += right
-        self.errors += bool(result.error)
-
-    def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "accuracy": round(self.accuracy, 4)}
+def needle_cases(plan: NeedlePlan, count: CountTokens) -> list[EvalCase]:
+    """Groups are (length, depth). Raises ValueError for a length or depth out of range."""
+    made = []
+    for length in plan.lengths:
+        for number in range(plan.cases):
+            depth = plan.depths[number % len(plan.depths)]
+            facts = number // len(plan.depths) % MAX_FACTS + 1
+            case = make_case(plan.seed + number, length, facts, count, depth)
+            group = (str(length), f"{depth:.0%}")
+            made.append(EvalCase(group, case.prompt, exact_match(case.answer), NEEDLE_TOKENS))
+    return made
 
 
-def needle_cases(plan: NeedlePlan, length: int, tokenizer: Tokenizer) -> list[NeedleCase]:
-    """The cases of one length; the same for every codec, so that scores can be compared."""
+async def evaluate(
+    model: ModelConfig, cases: Sequence[EvalCase], on_done: OnDone | None = None
+) -> list[RequestResult]:
+    """Starts a mesh of two workers, asks every question greedily, and stops it.
 
-    def count(text: str) -> int:
-        return len(tokenizer.encode(text, add_special_tokens=False).ids)
+    Raises ConfigError or MeshFailed if it cannot start.
+    """
+    workers = (WorkerConfig(role="both", count=2),)
+    config = MeshConfig(model=model, workers=workers, router=RouterConfig(port=0))
+    with tempfile.TemporaryDirectory(prefix="kvmesh-eval-") as folder:
+        async with running_mesh(config, Path(folder)) as mesh:
+            await mesh.wait_ready()
+            async with Link(mesh.public_address, mesh.security) as link:
+                return await ask_all(InferenceClient(link), cases, on_done)
 
-    return [make_case(plan.seed + i, length, i % MAX_FACTS + 1, count) for i in range(plan.cases)]
+
+async def ask_all(
+    client: InferenceClient, cases: Sequence[EvalCase], on_done: OnDone | None = None
+) -> list[RequestResult]:
+    return await closed_loop(client, [_request(case) for case in cases], CONCURRENCY, on_done)
 
 
-async def score_needles(
-    client: InferenceClient,
-    codec: str,
-    cases: Sequence[NeedleCase],
-    concurrency: int,
-    on_done: Callable[[RequestResult], None] | None = None,
-) -> NeedleScore:
-    """Asks every question greedily; an answer counts if it is exactly the expected one."""
-    score = NeedleScore(codec, cases[0].target_tokens if cases else 0)
-    sampling = common_pb2.SamplingParams(temperature=0.0, max_tokens=MAX_ANSWER_TOKENS)
-    requests = [chat_request(case.prompt, sampling) for case in cases]
-    for case, result in zip(
-        cases, await closed_loop(client, requests, concurrency, on_done), strict=True
-    ):
-        score.add(case, result)
-    return score
+def _request(case: EvalCase) -> inference_pb2.GenerateRequest:
+    sampling = common_pb2.SamplingParams(temperature=0.0, max_tokens=case.max_tokens)
+    if case.chat:
+        return chat_request(case.prompt, sampling)
+    return inference_pb2.GenerateRequest(text=case.prompt, sampling=sampling)
+
+
+def score_all(
+    codec: str, cases: Iterable[EvalCase], results: Iterable[RequestResult]
+) -> list[Score]:
+    """One score per group, in the order of their first cases."""
+    scores: dict[tuple[str, ...], Score] = {}
+    for case, result in zip(cases, results, strict=True):
+        score = scores.setdefault(case.group, Score(codec, case.group))
+        score.add(0.0 if result.error else case.score(result.text), bool(result.error))
+    return list(scores.values())
+
+
+def merged(scores: Iterable[Score], axis: int) -> list[Score]:
+    """Scores over groups that agree in one part, such as all depths of a length."""
+    sums: dict[tuple[str, str], Score] = {}
+    for score in scores:
+        part = score.group[axis]
+        into = sums.setdefault((score.codec, part), Score(score.codec, (part,)))
+        into.cases += score.cases
+        into.total += score.total
+        into.errors += score.errors
+    return list(sums.values())

@@ -98,9 +98,10 @@ def absolute_paths(config: MeshConfig) -> MeshConfig:
 
     files = config.security
     security = {key: absolute(getattr(files, key)) for key in ("cert", "key", "ca", "token_file")}
+    model = {key: absolute(getattr(config.model, key)) for key in ("path", "codec_check")}
     return config.model_copy(
         update={
-            "model": config.model.model_copy(update={"path": absolute(config.model.path)}),
+            "model": config.model.model_copy(update=model),
             "security": files.model_copy(update=security),
         }
     )

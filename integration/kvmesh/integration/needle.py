@@ -169,12 +169,25 @@ def filler_sentence(rng: random.Random) -> str:
 
 def scatter(rng: random.Random, filler: list[str], facts: list[str]) -> str:
     """Puts the fact sentences at random places between the filler sentences."""
+    return " ".join(_scattered(rng, filler, facts))
+
+
+def scatter_around(
+    rng: random.Random, filler: list[str], others: list[str], asked: str, depth: float
+) -> str:
+    """As `scatter`, but with the asked sentence after a share of `depth`, 0..1, of the rest."""
+    sentences = _scattered(rng, filler, others)
+    sentences.insert(round(depth * len(sentences)), asked)
+    return " ".join(sentences)
+
+
+def _scattered(rng: random.Random, filler: list[str], facts: list[str]) -> list[str]:
     slots = sorted(rng.randint(0, len(filler)) for _ in facts)
     shuffled = rng.sample(facts, len(facts))
     sentences = list(filler)
     for slot, sentence in reversed(list(zip(slots, shuffled, strict=True))):
         sentences.insert(slot, sentence)
-    return " ".join(sentences)
+    return sentences
 
 
 def _fill(
@@ -191,13 +204,22 @@ def _fill(
 
 
 def make_case(
-    seed: int, target_tokens: int, num_facts: int, count_tokens: Callable[[str], int]
+    seed: int,
+    target_tokens: int,
+    num_facts: int,
+    count_tokens: Callable[[str], int],
+    depth: float | None = None,
 ) -> NeedleCase:
-    """Makes one case whose chat prompt is at most, and nearly, `target_tokens` long."""
+    """Makes one case whose chat prompt is at most, and nearly, `target_tokens` long.
+
+    depth: share of the document, 0..1, before the fact that is asked for; None: anywhere.
+    """
     if not MIN_TOKENS <= target_tokens <= MAX_TOKENS:
         raise ValueError(f"target_tokens must be {MIN_TOKENS}..{MAX_TOKENS}, not {target_tokens}")
     if not 1 <= num_facts <= MAX_FACTS:
         raise ValueError(f"num_facts must be 1..{MAX_FACTS}, not {num_facts}")
+    if depth is not None and not 0 <= depth <= 1:
+        raise ValueError(f"depth must be 0..1, not {depth}")
     rng = random.Random(f"needle/{seed}/{target_tokens}/{num_facts}")
     facts = make_facts(rng, num_facts)
     sentences = [fact_sentence(rng, fact) for fact in facts]
@@ -206,8 +228,13 @@ def make_case(
     budget = target_tokens - TEMPLATE_RESERVE
     filler = _fill(rng, budget, join_prompt(" ".join(sentences), question), count_tokens)
     layout = rng.getrandbits(64)
+    wanted = sentences[facts.index(asked)]
+    others = [sentence for sentence in sentences if sentence is not wanted]
     while True:
-        document = scatter(random.Random(layout), filler, sentences)
+        if depth is None:
+            document = scatter(random.Random(layout), filler, sentences)
+        else:
+            document = scatter_around(random.Random(layout), filler, others, wanted, depth)
         # Sentence counts need not add up exactly in every tokenizer, so the whole is measured.
         if not filler or count_tokens(join_prompt(document, question)) <= budget:
             return NeedleCase(document, question, asked.value, num_facts, target_tokens)

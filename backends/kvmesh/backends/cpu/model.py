@@ -20,6 +20,7 @@ from kvmesh.backends.cpu.memory import memory_bytes, processor_name
 from kvmesh.backends.cpu.pool import CpuPool
 from kvmesh.backends.errors import CheckpointError
 from kvmesh.backends.models.loader import Checkpoint
+from kvmesh.backends.models.spec import model_spec
 from kvmesh.backends.ort import SessionOptions, StagePipeline
 from kvmesh.backends.steps import StepLimits, flatten
 from kvmesh.kernels.cpu import step as kernel
@@ -55,7 +56,7 @@ class CpuModel:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         config = checkpoint.config
-        self._spec = _spec(checkpoint, options.codec)
+        self._spec = model_spec(checkpoint, options)
         layout = self._spec.layout
         num_blocks = _num_blocks(layout, config.max_context, options)
         self._pool = CpuPool(layout, num_blocks, options.num_slots)
@@ -163,24 +164,6 @@ class CpuModel:
             self.forward(step)
         self._pool.blocks[: count // BLOCK_SIZE + 1] = 0
         self._pool.tails[slots] = 0
-
-
-def _spec(checkpoint: Checkpoint, codec: str) -> ModelSpec:
-    config = checkpoint.config
-    return ModelSpec(
-        name=checkpoint.name,
-        vocab_size=config.vocab_size,
-        max_context=config.max_context,
-        eos_token_ids=config.eos_token_ids,
-        bos_token_id=config.bos_token_id,
-        layout=KvLayout(
-            num_layers=config.num_layers,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            codec=codec,
-            fingerprint=checkpoint.fingerprint,
-        ),
-    )
 
 
 def _num_blocks(layout: KvLayout, max_context: int, options: ModelOptions) -> int:

@@ -9,12 +9,13 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kvmesh.services.common.errors import ConfigError
 
 Port = Annotated[int, Field(ge=0, le=65535)]  # 0: any free one
 Role = Literal["prefill", "decode", "both"]
+CodecName = Literal["k4v4", "k4v3", "k3v3", "k3v2", "k2v2", "k8v8", "fp16", "fp32"]
 
 
 class Section(BaseModel):
@@ -26,7 +27,15 @@ class Section(BaseModel):
 class ModelConfig(Section):
     name: str = "mini"
     path: Path | None = None  # a Hugging Face checkpoint folder; none: the bundled model
-    codec: Literal["k4v4", "k4v3", "k3v3", "k3v2", "k2v2", "k8v8", "fp16", "fp32"] = "k4v4"
+    codec: Literal["auto", CodecName] = "auto"  # auto: see services.common.codec_choice
+    layer_codecs: tuple[CodecName, ...] = ()  # a codec for each layer, instead of `codec`
+    codec_check: Path | None = None  # none: kvmesh-codec.json in the checkpoint folder
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> "ModelConfig":
+        if self.layer_codecs and self.codec != "auto":
+            raise ValueError("codec and layer_codecs are both set; take one of the two")
+        return self
 
 
 class SecurityConfig(Section):

@@ -4,9 +4,10 @@
     key 0 = H("kvmesh.kv.block/1", root,  token ids of block 0)
     key n = H("kvmesh.kv.block/1", key n-1, token ids of block n)
 
-H is the first 16 bytes of SHA-256: a colliding key would show one tenant another's text, so the
-hash is a cryptographic one. Lengths and tags have a fixed width, so no two inputs have the same
-encoding.
+`codec` is the layout's codec_label, which names the codec of every layer: workers that store a
+layer otherwise never share a block. H is the first 16 bytes of SHA-256: a colliding key would show
+one tenant another's text, so the hash is a cryptographic one. Lengths and tags have a fixed width,
+so no two inputs have the same encoding.
 """
 
 import hashlib

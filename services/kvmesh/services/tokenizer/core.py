@@ -57,6 +57,11 @@ class TextCodec:
     def caches_prefixes(self) -> bool:
         return self._encoder.caches
 
+    @property
+    def has_template(self) -> bool:
+        """Whether `encode_chat` can work."""
+        return self._template is not None
+
     def encode_text(self, text: str) -> Encoded:
         """`text` as it is, with the tokens that the model wants around it.
 

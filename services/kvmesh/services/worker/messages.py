@@ -27,7 +27,7 @@ class Receipt:
 def block_format(layout: KvLayout) -> common_pb2.BlockFormat:
     return common_pb2.BlockFormat(
         fingerprint=layout.fingerprint,
-        codec=layout.codec,
+        codec=layout.codec_label,
         block_size=BLOCK_SIZE,
         block_bytes=layout.block_bytes,
     )
@@ -61,7 +61,7 @@ def to_work(submit: worker_pb2.Submit, spec: ModelSpec, receipt: Receipt) -> Wor
         token_ids=tuple(submit.token_ids),
         num_prompt=submit.num_prompt_tokens,
         settings=check_sampling(submit.sampling, spec.vocab_size),
-        root=root_key(layout.fingerprint, layout.codec, BLOCK_SIZE, submit.cache_salt),
+        root=root_key(layout.fingerprint, layout.codec_label, BLOCK_SIZE, submit.cache_salt),
         eos_token_ids=spec.eos_token_ids,
         prefill_only=submit.prefill_only,
         deadline=receipt.now + submit.deadline_ms / 1000 if submit.deadline_ms else None,

@@ -1,15 +1,17 @@
 """A worker process: the model, the engine, the RPC service and the membership, in their order."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 
 import grpc
 
 from kvmesh.backends.base import Model, ModelOptions
-from kvmesh.backends.errors import BackendError
+from kvmesh.backends.errors import BackendError, CheckpointError
 from kvmesh.backends.registry import open_model
 from kvmesh.services.common.checkpoint import checkpoint_path
 from kvmesh.services.common.client import Deadlines, Link, Links
+from kvmesh.services.common.codec_choice import check_path, choose_codec, find_check
 from kvmesh.services.common.config import MeshConfig, WorkerConfig
 from kvmesh.services.common.errors import ConfigError
 from kvmesh.services.common.lease import MembershipLease
@@ -21,6 +23,8 @@ from kvmesh.services.worker.messages import model_info
 from kvmesh.services.worker.servicer import WorkerServicer
 from kvmesh.services.worker.transfer import Transfer
 from kvmesh.v1 import mesh_pb2, worker_pb2_grpc
+
+logger = logging.getLogger(__name__)
 
 SERVICE_NAME = "kvmesh.v1.Worker"
 KIND = "worker"
@@ -43,16 +47,34 @@ def worker_config(config: MeshConfig, member_id: str) -> WorkerConfig:
 
 
 def open_configured(config: MeshConfig, worker: WorkerConfig) -> Model:
-    """Opens the mesh's model on this worker's device; takes seconds."""
+    """Opens the mesh's model on this worker's device; takes seconds.
+
+    Raises ConfigError or BackendError; a codec check of another model is among these.
+    """
+    choice = choose_codec(config.model, find_check(config.model))
+    if choice.warning:
+        logger.warning("%s", choice.warning)
     options = ModelOptions(
-        codec=config.model.codec,
+        codec=choice.codec,
+        layer_codecs=choice.layer_codecs,
         num_blocks=worker.blocks,
         num_slots=worker.slots,
         max_step_tokens=worker.step_tokens,
         threads=worker.threads,
         spin=worker.spin,
     )
-    return open_model(worker.backend, checkpoint_path(config.model), options)
+    try:
+        model = open_model(worker.backend, checkpoint_path(config.model), options)
+    except CheckpointError as error:
+        if choice.rests_on is None:
+            raise
+        raise CheckpointError(f"{error}; codecs are from {check_path(config.model)}") from error
+    try:
+        choice.confirm(model.spec.layout.fingerprint, check_path(config.model))
+    except CheckpointError:
+        model.close()
+        raise
+    return model
 
 
 def limits_of(worker: WorkerConfig, model: Model) -> Limits:

@@ -1,0 +1,126 @@
+"""`kvmesh model`: what a checkpoint can bear."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvmesh.cli.errors import USAGE, CommandFailed
+from kvmesh.cli.evaluate import Backend
+from kvmesh.cli.options import Json, command
+from kvmesh.cli.progress import progress_bar
+from kvmesh.cli.render import console, print_json, print_table
+
+if TYPE_CHECKING:
+    from kvmesh.backends.models.codec_check import CodecCheck
+
+app = typer.Typer(no_args_is_help=True, help="Examine checkpoints.")
+
+Checkpoint = Annotated[
+    Path, typer.Argument(help="A checkpoint folder, or the name of the bundled model.")
+]
+
+
+@command
+def check(
+    path: Checkpoint = Path("mini"),
+    budget: Annotated[float, typer.Option(help="Most KL against fp16, in nats.")] = 0.02,
+    codecs: Annotated[
+        str, typer.Option(help="That a layer may have, besides fp16.")
+    ] = "k8v8,k4v4,k4v3,k3v3,k3v2,k2v2",
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file of texts [default: bundled]", show_default=False)
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=65, help="To compare on, in all.")] = 4096,
+    length: Annotated[int, typer.Option(min=65, help="Most tokens of one sequence.")] = 512,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="[default: kvmesh-codec.json beside the checkpoint]",
+            show_default=False,
+        ),
+    ] = None,
+    backend: Backend = "auto",
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Find the cheapest codec of each layer that stays under a budget of KL, and write it down.
+
+    Workers with codec "auto" use what is written.
+    """
+    import tempfile
+
+    from kvmesh.backends.models.codec_check import CODEC_FILE, write_check
+    from kvmesh.backends.models.config import read_config
+    from kvmesh.integration.kl import KlBench
+    from kvmesh.integration.model_check import CheckPlan, check_model
+    from kvmesh.integration.prompts import BUNDLED, load_sequences
+    from kvmesh.kernels.layout import CODECS
+
+    names = tuple(codecs.split(","))
+    unknown = [name for name in names if name not in CODECS]
+    if unknown or budget <= 0:
+        wrong = f"codecs {', '.join(unknown)}: must be of {', '.join(CODECS)}" if unknown else ""
+        raise CommandFailed(wrong or f"budget is {budget}, must be above 0 nats", USAGE)
+    folder = _folder(path)
+    target = output or folder / CODEC_FILE
+    plan = CheckPlan(folder.name, prompts.name if prompts else BUNDLED, names, budget)
+    layers = read_config(folder).num_layers
+    sequences = load_sequences(folder, prompts, tokens, length)
+    with tempfile.TemporaryDirectory(prefix="kvmesh-check-") as scratch:
+        bench = KlBench(backend, folder, sequences, Path(scratch))
+        total = bench.num_tokens * plan.num_measurements(layers)
+        with progress_bar("check", total, hidden=json) as advance:
+            found = check_model(bench, plan, layers, advance)
+    write_check(target, found)
+    if json:
+        print_json(found.model_dump())
+    else:
+        _show(found, target)
+
+
+def _folder(path: Path) -> Path:
+    from kvmesh.services.common.checkpoint import checkpoint_path
+    from kvmesh.services.common.config import ModelConfig
+
+    if path.is_dir() or len(path.parts) > 1:
+        return checkpoint_path(ModelConfig(name=path.name, path=path))
+    return checkpoint_path(ModelConfig(name=path.name))
+
+
+def _show(found: "CodecCheck", target: Path) -> None:
+    out = console()
+    codecs = list(found.layers)
+    out.print(f"KL against fp16 in nats, one layer stored so, {found.positions} positions:")
+    print_table(
+        "",
+        (">layer", *(f">{codec}" for codec in codecs), "chosen"),
+        [
+            (layer, *(f"{found.layers[codec][layer]:.1e}" for codec in codecs), chosen)
+            for layer, chosen in enumerate(found.layer_codecs)
+        ],
+    )
+    out.print("\nall layers:")
+    rows = {**found.uniform, "chosen": found.chosen}
+    print_table(
+        "",
+        ("codec", ">bytes/token", ">KL, nats", ">KL p99", ">same top token"),
+        [
+            (
+                name,
+                f"{loss.bytes_per_token:,}",
+                f"{loss.kl_nats:.2e}",
+                f"{loss.kl_p99_nats:.2e}",
+                f"{loss.top1:.2%}",
+            )
+            for name, loss in rows.items()
+        ],
+    )
+    out.print(f"\nunder the budget of {found.budget_nats:g} nats; written to {target}")
+
+
+app.command()(check)
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `check` a command of the group while it is the only one."""
