@@ -10,8 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 from kvmesh.backends.base import ModelOptions
 from kvmesh.backends.errors import CheckpointError
-from kvmesh.backends.models.config import RopeConfig, read_config
 from kvmesh.backends.models.centers import CENTERS_FILE, write_centers
+from kvmesh.backends.models.config import RopeConfig, read_config
 from kvmesh.backends.models.loader import load_checkpoint
 from kvmesh.backends.models.rope import inverse_frequencies
 from kvmesh.backends.ort import SessionOptions, StagePipeline

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _LOSSES = ("mse", "ip_bias", "ip_variance", "softmax_kl", "attention_error")
 _CAPTURED_TOKENS = 1024
+_CAPTURED_SEED = 39_999  # of a document that no calibration sees
 
 ModelPath = Annotated[
     Path | None, typer.Option("--model", help="Capture from this checkpoint folder, not mini.")
@@ -47,18 +48,16 @@ def codec(model: ModelPath = None, json: Json = False) -> None:
 
 
 def _captured(model: Path | None) -> "Sample":
-    from tokenizers import Tokenizer
-
     from kvmesh.backends.models.loader import load_checkpoint
     from kvmesh.integration.bench_codec import captured
-    from kvmesh.integration.capture import CAPTURE_SEED, capture, needle_tokens
+    from kvmesh.integration.capture import capture
+    from kvmesh.integration.prompts import PromptSet
     from kvmesh.services.common.checkpoint import checkpoint_path
     from kvmesh.services.common.config import ModelConfig
 
     checkpoint = load_checkpoint(checkpoint_path(ModelConfig(path=model)))
-    tokenizer = Tokenizer.from_file(str(checkpoint.folder / "tokenizer.json"))
     tokens = min(_CAPTURED_TOKENS, checkpoint.config.max_context)
-    ids = needle_tokens(tokenizer, tokens, CAPTURE_SEED)
+    ids = PromptSet(checkpoint.folder).document(_CAPTURED_SEED, tokens)
     return captured(capture(checkpoint, ids), f"captured from {checkpoint.name}")
 
 
