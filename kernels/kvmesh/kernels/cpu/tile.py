@@ -12,10 +12,11 @@ import numpy as np
 
 from kvmesh.kernels import codebook, rotation
 from kvmesh.kernels.cpu.jit import from_half, kernel
-from kvmesh.kernels.layout import BLOCK_SIZE, KvLayout
+from kvmesh.kernels.layout import BLOCK_SIZE, KvLayout, plane_bytes
 
 _ONE = np.float32(1.0)
-_STEP = np.float32(codebook.INT8_STEP)
+
+head_bytes = kernel(plane_bytes)
 
 
 class Geometry(NamedTuple):
@@ -35,9 +36,7 @@ class Tables(NamedTuple):
     """Constants of one layer; what differs between keys (0) and values (1) is stacked.
 
     signs fp32 [dim] and base fp32 [m, m] (rotation.py); thresholds fp32 [2, 15], stored uint8
-    [2, 16] and levels fp32 [2, 16] (codebook.py), each filled as far as its width goes. pairs
-    uint64 [2, 512]: what a byte of codes decodes to, two fp32 levels in each. flips uint64 [32]:
-    the two pairs of fp32 sign bits of each four signs.
+    [2, 16] and levels fp32 [2, 256] (codebook.py), each filled as far as its width goes.
     """
 
     signs: Any
@@ -45,8 +44,6 @@ class Tables(NamedTuple):
     thresholds: Any
     stored: Any
     levels: Any
-    pairs: Any
-    flips: Any
 
 
 class Pool(NamedTuple):
@@ -91,24 +88,20 @@ def geometry(layout: KvLayout, layer: int) -> Geometry:
 @functools.cache
 def tables(layout: KvLayout, layer: int) -> Tables:
     # Copies: the sources are read-only, which Numba would compile as another type.
-    signs_of_four = np.arange(16, dtype=np.uint32)[:, None] >> np.arange(4, dtype=np.uint32) & 1
     table = Tables(
         rotation.signs(layout.head_dim).copy(),
         rotation.base(layout.head_dim).copy(),
         np.zeros((2, 15), np.float32),
         np.zeros((2, 16), np.uint8),
-        np.zeros((2, 16), np.float32),
-        np.zeros((2, 512), np.uint64),
-        (signs_of_four << 31).astype(np.uint32).view(np.uint64).reshape(-1),
+        np.zeros((2, 256), np.float32),
     )
     codec = layout.planes(layer).codec
     for kind, bits in enumerate((codec.key_bits, codec.value_bits)):
+        if bits <= 8:
+            table.levels[kind, : 1 << bits] = codebook.levels(bits)
         if bits < 8:
             table.thresholds[kind, : (1 << bits) - 1] = codebook.thresholds(bits)
             table.stored[kind, : 1 << bits] = codebook.stored_codes(bits)
-            table.levels[kind, : 1 << bits] = codebook.levels(bits)
-            pairs = codebook.levels_by_byte(bits).view(np.uint64).reshape(-1)
-            table.pairs[kind, : pairs.size] = pairs
     return table
 
 
@@ -156,40 +149,50 @@ def hadamard(x: Any, base: Any) -> None:
 
 
 @kernel
-def _read_low_bits(octets: Any, offset: int, bits: int, table: Any, kind: int, two: Any) -> None:
-    """Decodes codes of 2 or 3 bits, two of them at a time: uint64 [any]."""
-    fours = two.size // 2
-    for i in range(fours):
-        at = 2 * np.int64(octets[offset + i])
-        two[2 * i] = table.pairs[kind, at]
-        two[2 * i + 1] = table.pairs[kind, at + 1]
-    if bits == 3:
-        for i in range(fours):
-            at = 2 * np.int64(octets[offset + fours + i // 2] >> 4 * (i % 2) & 15)
-            two[2 * i] ^= table.flips[at]
-            two[2 * i + 1] ^= table.flips[at + 1]
+def _read_words(octets: Any, levels: Any, width: int, out: Any) -> None:
+    """Decodes words of 2, 4 or 8 bits (block.py) along the first axis of out fp32 [length, lanes].
+
+    levels: fp32 [256].
+    """
+    length, lanes = out.shape
+    mask = np.uint8((1 << width) - 1)
+    for j in range(length):
+        word, rest = divmod(j, 32 // width)
+        shift = np.uint8(rest // 4 * width)
+        first = 4 * lanes * word + rest % 4
+        for lane in range(lanes):
+            out[j, lane] = levels[octets[first + 4 * lane] >> shift & mask]
 
 
 @kernel
-def _read_plane(
-    pool: Any, block: int, offset: int, bits: int, table: Any, kind: int, out: Any
-) -> None:
-    """Decodes out.size elements that start `offset` bytes into a block. out: fp32, contiguous."""
-    if bits == 4:
-        two = out.view(np.uint64)
-        for i in range(two.size):
-            two[i] = table.pairs[kind, pool.octets[block, offset + i]]
-    elif bits < 4:
-        _read_low_bits(pool.octets[block], offset, bits, table, kind, out.view(np.uint64))
-    elif bits == 8:
-        for i in range(out.size):
-            out[i] = np.float32(np.int8(pool.octets[block, offset + i])) * _STEP
-    elif bits == 16:
-        for i in range(out.size):
-            out[i] = from_half(pool.halves[block, offset // 2 + i])
+def _flip_signs(octets: Any, out: Any) -> None:
+    """Negates out fp32 [length, lanes] where the plane of signs has a one."""
+    length, lanes = out.shape
+    for j in range(length):
+        word, rest = divmod(j, 32)
+        shift = np.uint8(rest // 4)
+        first = 4 * lanes * word + rest % 4
+        for lane in range(lanes):
+            if octets[first + 4 * lane] >> shift & np.uint8(1):
+                out[j, lane] = -out[j, lane]
+
+
+@kernel
+def _read_plane(pool: Any, block: int, offset: int, bits: int, levels: Any, out: Any) -> None:
+    """Decodes one head's plane, `offset` bytes into a block, to out fp32 [length, lanes]."""
+    octets = pool.octets[block, offset:]
+    if bits == 3:  # a magnitude's code is that of its positive level
+        _read_words(octets, levels, 2, out)
+        _flip_signs(octets[out.size // 4 :], out)
+    elif bits <= 8:
+        _read_words(octets, levels, bits, out)
     else:
+        flat = out.reshape(out.size)
         for i in range(out.size):
-            out[i] = pool.floats[block, offset // 4 + i]
+            if bits == 16:
+                flat[i] = from_half(pool.halves[block, offset // 2 + i])
+            else:
+                flat[i] = pool.floats[block, offset // 4 + i]
 
 
 @kernel
@@ -201,11 +204,11 @@ def _read_scales(pool: Any, block: int, offset: int, bits: int, out: Any) -> Non
 @kernel
 def read_tile(geo: Any, table: Any, pool: Any, block: int, head: int, scratch: Any) -> None:
     """Fills the scratch tile and its scales with one KV head of a sealed block."""
-    size = BLOCK_SIZE * geo.dim
     for kind in range(2):
         bits = geo.value_bits if kind else geo.key_bits
+        tile = scratch.values if kind else scratch.keys
         plane = geo.value_codes if kind else geo.key_codes
-        tile = (scratch.values if kind else scratch.keys).reshape(size)
-        _read_plane(pool, block, plane + head * size * bits // 8, bits, table, kind, tile)
+        plane += head * head_bytes(tile.shape[0], tile.shape[1], bits)
+        _read_plane(pool, block, plane, bits, table.levels[kind], tile)
         at = (geo.value_scales if kind else geo.key_scales) + head * BLOCK_SIZE * 2
         _read_scales(pool, block, at, bits, scratch.value_scales if kind else scratch.key_scales)
