@@ -21,10 +21,14 @@ _CAPTURED_SEED = 39_999  # of a document that no calibration sees
 ModelPath = Annotated[
     Path | None, typer.Option("--model", help="Capture from this checkpoint folder, not mini.")
 ]
+Plot = Annotated[
+    Path | None,
+    typer.Option(help="Write the captured sample's loss against memory to this SVG file."),
+]
 
 
 @command
-def codec(model: ModelPath = None, json: Json = False) -> None:
+def codec(model: ModelPath = None, plot: Plot = None, json: Json = False) -> None:
     """Bits with all side information, and what is lost, for ours and for others.
 
     On Gaussian keys, on keys with offset channels, and on keys and values captured from a model.
@@ -32,12 +36,15 @@ def codec(model: ModelPath = None, json: Json = False) -> None:
     """
     from kvmesh.integration.bench_codec import bench_codec, methods, synthetic
     from kvmesh.integration.bench_paper import BITS, paper_rows
+    from kvmesh.integration.codec_plot import codec_plot
 
     total = 3 * len(methods()) + 2 * len(BITS)
     with progress_bar("bench", total, hidden=json) as advance:
         samples = [*synthetic(), _captured(model)]
         rows = list(bench_codec(samples, advance))
         paper = list(paper_rows(on_row=advance))
+    if plot:
+        plot.write_text(codec_plot(rows, samples[-1].name))
     if json:
         parts = {"rows": [asdict(row) for row in rows], "paper": [asdict(row) for row in paper]}
         print_json({"benchmark": "codec", **parts})

@@ -5,7 +5,7 @@ checkpoint's calibration, as in serving.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -87,6 +87,7 @@ class CodecRow:
     method: str
     sample: str
     bits_per_element: float
+    head_dim: int
     losses: Losses
     ours: str = ""
     kl_to_ours: float = 0.0
@@ -205,8 +206,9 @@ def _measure_head(method: Method, head: Head) -> list[float]:
 def measure(method: Method, sample: Sample) -> CodecRow:
     """One row; `ours` is left empty."""
     losses = np.mean([_measure_head(method, head) for head in sample.heads], axis=0)
-    bits = method.bits_per_element(sample.heads[0].keys.shape[1])
-    return CodecRow(method.name, sample.name, bits, Losses(*losses.tolist()))
+    dim = sample.heads[0].keys.shape[1]
+    bits = method.bits_per_element(dim)
+    return CodecRow(method.name, sample.name, bits, dim, Losses(*losses.tolist()))
 
 
 def beside_ours(rows: Sequence[CodecRow]) -> list[CodecRow]:
@@ -220,9 +222,7 @@ def beside_ours(rows: Sequence[CodecRow]) -> list[CodecRow]:
         fair = [each for each in own if each.bits_per_element <= row.bits_per_element]
         if fair:
             ratio = row.losses.softmax_kl / max(fair[-1].losses.softmax_kl, 1e-300)
-            row = CodecRow(
-                row.method, row.sample, row.bits_per_element, row.losses, fair[-1].method, ratio
-            )
+            row = replace(row, ours=fair[-1].method, kl_to_ours=ratio)
         found.append(row)
     return found
 
