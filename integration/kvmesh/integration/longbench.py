@@ -8,6 +8,7 @@ are used; without it, prompts of our own that ask the same.
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,7 @@ def _metrics(words: metrics.Words | None) -> dict[str, Metric]:
 def chinese_words() -> metrics.Words:
     """Cuts Chinese into words as the benchmark does. Raises ConfigError if jieba is missing."""
     try:
-        import jieba
+        cut_text: Callable[[str], Iterable[str]] = import_module("jieba").cut
     except ImportError as error:
         raise ConfigError(
             "Chinese sets are scored by words that jieba finds; 'pip install jieba', or leave "
@@ -217,7 +218,7 @@ def chinese_words() -> metrics.Words:
         ) from error
 
     def cut(text: str) -> list[str]:
-        words = ("".join(c for c in word.lower() if c.isalnum()) for word in jieba.cut(text))
+        words = ("".join(c for c in word.lower() if c.isalnum()) for word in cut_text(text))
         return [word for word in words if word]
 
     return cut

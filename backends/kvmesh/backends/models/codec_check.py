@@ -1,7 +1,7 @@
 """The file beside a checkpoint that says which codec each layer bears, and how that was measured.
 
-`kvmesh model check` writes it, a worker reads it. It holds for one model under one block format: a
-check of anything else is refused, because its figures say nothing about what would be served.
+`kvmesh model check` writes it, a worker reads it. It holds for one model: a check of another is
+refused, because its figures say nothing about what would be served.
 """
 
 from pathlib import Path
@@ -101,15 +101,9 @@ def write_check(path: Path, check: CodecCheck) -> None:
 
 
 def refuse_foreign(check: CodecCheck, fingerprint: bytes, source: object) -> None:
-    """Raises CheckpointError if the check is of another model or another block format."""
-    again = "run 'kvmesh model check' again, or set a codec in the configuration"
+    """Raises CheckpointError if the check is of another model."""
     if check.fingerprint != fingerprint.hex():
         raise CheckpointError(
-            f"{source}: is of the model with fingerprint {check.fingerprint}, "
-            f"this one has {fingerprint.hex()}; {again}"
-        )
-    if check.block_format != BLOCK_FORMAT:
-        raise CheckpointError(
-            f"{source}: was measured on block format {check.block_format}, "
-            f"blocks now have {BLOCK_FORMAT}; {again}"
+            f"{source}: is of the model with fingerprint {check.fingerprint}, this one has "
+            f"{fingerprint.hex()}; run 'kvmesh model check' again, or set a codec"
         )

@@ -84,13 +84,13 @@ def choose_codec(model: ModelConfig, check: CodecCheck | None) -> CodecChoice:
         return CodecChoice(model.codec, warning=_warning(model, model.codec, check))
     if check is None:
         return CodecChoice(DEFAULT_CODEC, warning=_never_checked(model, DEFAULT_CODEC))
-    return CodecChoice(check.codec, check.layer_codecs, check)
+    return CodecChoice(check.codec, check.layer_codecs, check, _outdated(model, check))
 
 
 def _warning(model: ModelConfig, codec: str, check: CodecCheck | None) -> str:
     if codec in EXACT_CODECS:
         return ""
-    if check is None or check.block_format != BLOCK_FORMAT:
+    if check is None:
         return _never_checked(model, codec)
     loss = check.uniform.get(codec)
     if loss is None or loss.kl_nats <= check.budget_nats:
@@ -98,6 +98,15 @@ def _warning(model: ModelConfig, codec: str, check: CodecCheck | None) -> str:
     return (
         f"codec {codec} costs model {model.name} a KL of {loss.kl_nats:.3g} nats, over the budget "
         f'of {check.budget_nats:g} of its check; codec = "auto" takes what stays under it'
+    )
+
+
+def _outdated(model: ModelConfig, check: CodecCheck) -> str:
+    if check.block_format == BLOCK_FORMAT:
+        return ""
+    return (
+        f"the codecs of model {model.name} were found on block format {check.block_format}, blocks "
+        f"now have {BLOCK_FORMAT}; 'kvmesh model check {model.path or model.name}' measures again"
     )
 
 
