@@ -4,6 +4,7 @@ Ours is centered by a mean that the vectors measured had no part in: of other dr
 checkpoint's calibration, as in serving.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
@@ -163,17 +164,17 @@ def captured(found: Capture, name: str) -> Sample:
     if seen < 32:
         raise ValueError(f"captured {tokens} tokens, needs {_ASKING_TOKENS + 32}")
     group = found.q.shape[2] // heads
-    parts = [
-        Head(
-            *(x[layer, :seen, head].astype(np.float64) for x in (found.k, found.v)),
-            found.q[layer, -_ASKING_TOKENS:, head * group : (head + 1) * group]
-            .reshape(-1, found.q.shape[3])
-            .astype(np.float64),
-            found.centers[layer, :, head].astype(np.float64),
+    parts = []
+    for layer, head in itertools.product(range(layers), range(heads)):
+        queries = found.q[layer, -_ASKING_TOKENS:, head * group : (head + 1) * group]
+        parts.append(
+            Head(
+                keys=found.k[layer, :seen, head].astype(np.float64),
+                values=found.v[layer, :seen, head].astype(np.float64),
+                queries=queries.reshape(-1, queries.shape[2]).astype(np.float64),
+                centers=found.centers[layer, :, head].astype(np.float64),
+            )
         )
-        for layer in range(layers)
-        for head in range(heads)
-    ]
     return Sample(name, tuple(parts))
 
 
