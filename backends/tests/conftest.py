@@ -127,6 +127,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> RandomCheckpoint:
     return make_checkpoint(tmp_path_factory.mktemp("one") / TIED_GQA2.name, TIED_GQA2)
 
 
+@pytest.fixture
+def biased(tmp_path: Path) -> RandomCheckpoint:
+    """One whose projections have biases; the test may change it."""
+    return make_checkpoint(tmp_path / SHARDED_LLAMA3.name, SHARDED_LLAMA3)
+
+
 Open = Callable[..., Model]
 
 

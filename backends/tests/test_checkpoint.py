@@ -10,8 +10,9 @@ from safetensors.numpy import load_file, save_file
 
 from kvmesh.backends.base import ModelOptions
 from kvmesh.backends.errors import CheckpointError
+from kvmesh.backends.models.centers import CENTERS_FILE, write_centers
 from kvmesh.backends.models.config import RopeConfig, read_config
-from kvmesh.backends.models.loader import CENTERS_FILE, load_checkpoint
+from kvmesh.backends.models.loader import load_checkpoint
 from kvmesh.backends.models.rope import inverse_frequencies
 from kvmesh.backends.ort import SessionOptions, StagePipeline
 from kvmesh.backends.registry import open_model
@@ -181,7 +182,7 @@ def test_fingerprint_follows_weights_config_and_centers_but_not_files(folder):
 def test_centers_are_read_and_checked(folder):
     assert not load_checkpoint(folder).centers.any()
     centers = np.random.default_rng(0).standard_normal((2, 2, 2, 64), np.float32)
-    save_file({"centers": centers}, folder / CENTERS_FILE)
+    write_centers(folder, centers)
     assert np.array_equal(load_checkpoint(folder).centers, centers)
     for bad, message in (
         (centers[:1].copy(), "has shape"),
@@ -215,3 +216,23 @@ def test_open_reports_the_checkpoint_not_the_backend(folder):
 def test_unknown_codec_is_named(folder):
     with pytest.raises(CheckpointError, match="k9v9"):
         open_model("cpu", folder, ModelOptions(codec="k9v9", num_blocks=4))
+
+
+def test_biases_give_centers_when_no_file_does(biased):
+    """K's against each position's rotation by transformers, then averaged; V's are the bias."""
+    torch = pytest.importorskip("torch")
+    loaded = load_checkpoint(biased.folder)
+    model, config = biased.torch_model, loaded.config
+    positions = torch.arange(config.max_context)[None]
+    cos, sin = model.model.rotary_emb(torch.zeros(1), positions)
+    for layer in range(config.num_layers):
+        attention = model.model.layers[layer].self_attn
+        bias = attention.k_proj.bias.detach().reshape(config.num_kv_heads, 1, config.head_dim)
+        half = config.head_dim // 2
+        turned = torch.cat((-bias[..., half:], bias[..., :half]), dim=-1)
+        expected = (bias * cos + turned * sin).mean(dim=1).numpy()
+        np.testing.assert_allclose(loaded.centers[layer, 0], expected, atol=1e-5)
+        value = attention.v_proj.bias.detach().reshape(config.num_kv_heads, -1).numpy()
+        np.testing.assert_allclose(loaded.centers[layer, 1], value, atol=1e-6)
+    write_centers(biased.folder, np.zeros_like(loaded.centers))
+    assert not load_checkpoint(biased.folder).centers.any()

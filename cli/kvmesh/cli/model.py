@@ -118,9 +118,46 @@ def _show(found: "CodecCheck", target: Path) -> None:
     out.print(f"\nunder the budget of {found.budget_nats:g} nats; written to {target}")
 
 
+@command
+def center(
+    path: Checkpoint = Path("mini"),
+    prompts: Annotated[
+        Path | None, typer.Option(help="A file of texts [default: bundled]", show_default=False)
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=65, help="To average over, in all.")] = 16_384,
+    length: Annotated[int, typer.Option(min=65, help="Most tokens of one sequence.")] = 1024,
+    json: Json = False,
+) -> None:
+    """Measure the mean keys and values, which the codec subtracts, and write them beside PATH.
+
+    A checkpoint whose k_proj has a bias gets usable ones without this. Blocks of other means are of
+    another model: caches start anew.
+    """
+    import numpy as np
+
+    from kvmesh.backends.models.centers import write_centers
+    from kvmesh.backends.models.loader import load_checkpoint
+    from kvmesh.integration.capture import measure_centers
+    from kvmesh.integration.prompts import load_sequences
+
+    checkpoint = load_checkpoint(_folder(path))
+    length = min(length, checkpoint.config.max_context)
+    sequences = load_sequences(checkpoint.folder, prompts, tokens, length)
+    with progress_bar("center", len(sequences), hidden=json) as advance:
+        found = measure_centers(checkpoint, sequences, advance)
+    target = write_centers(checkpoint.folder, found.mean)
+    shares = [(float(k), float(v)) for k, v in np.asarray(found.share)]
+    if json:
+        parts = {"tokens": found.tokens, "shares": shares}
+        print_json({"checkpoint": checkpoint.name, "file": str(target), **parts})
+        return
+    print_table(
+        "share of the squared norm that lies in the mean",
+        (">layer", ">keys", ">values"),
+        [(layer, f"{k:.1%}", f"{v:.1%}") for layer, (k, v) in enumerate(shares)],
+    )
+    console().print(f"\nover {found.tokens:,} tokens; written to {target}")
+
+
 app.command()(check)
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps `check` a command of the group while it is the only one."""
+app.command()(center)

@@ -1,34 +1,47 @@
 """What each way to store keys and values costs and loses, on the same vectors. Pure measuring.
 
-Ours is centered by the sample's own mean, where a model's blocks use the mean of its calibration.
+Ours is centered by a mean that the vectors measured had no part in: of other draws, or of the
+checkpoint's calibration, as in serving.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from kvmesh.integration.capture import Capture
 from kvmesh.kernels import reference
 from kvmesh.kernels.baselines import polar, turboquant, uniform
-from kvmesh.kernels.layout import KvLayout
 
 Vectors = npt.NDArray[np.float64]
-Restore = Callable[[Vectors], Vectors]
+Restore = Callable[[Vectors, Vectors], Vectors]  # (vectors, their center) to what was kept of them
 _OURS = (2, 3, 4, 8)
 _SCALE_BITS = 16
+_ASKING_TOKENS = 64  # the last of a captured sequence; those before are asked
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """Keys and values [n, d] of one head, queries [m, d] that attend to them, centers [2, d].
+
+    n: a multiple of 32.
+    """
+
+    keys: Vectors
+    values: Vectors
+    queries: Vectors
+    centers: Vectors
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Keys and values [n, d] of one head, and queries [m, d] that attend to them; n a multiple
-    of 32."""
+    """Heads whose losses are averaged."""
 
     name: str
-    keys: Vectors
-    values: Vectors
-    queries: Vectors
+    heads: tuple[Head, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +62,14 @@ class _Rival(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class CodecRow:
+class Losses:
     """All of keys, except attention_error, the relative error of the output with both restored.
 
-    bits_per_element counts side information. mse is relative to the keys' mean square. Bias and
-    variance are those of query-key products, relative to the root mean square and the mean square
-    of |q||k|/sqrt(d); constant shifts per query, which softmax ignores, stay in. softmax_kl: nats.
+    mse is relative to the keys' mean square. Bias and variance are those of query-key products,
+    relative to the root mean square and the mean square of |q||k|/sqrt(d); constant shifts per
+    query, which softmax ignores, stay in. softmax_kl: nats.
     """
 
-    method: str
-    sample: str
-    bits_per_element: float
     mse: float
     ip_bias: float
     ip_variance: float
@@ -67,10 +77,27 @@ class CodecRow:
     attention_error: float
 
 
+@dataclass(frozen=True, slots=True)
+class CodecRow:
+    """bits_per_element counts side information.
+
+    ours: kvmesh at the most bits that are no more than this method's, and how many times its
+    softmax KL the method's is; empty and 0 where ours has nothing so small.
+    """
+
+    method: str
+    sample: str
+    bits_per_element: float
+    head_dim: int
+    losses: Losses
+    ours: str = ""
+    kl_to_ours: float = 0.0
+
+
 def _ours(bits: int) -> Method:
     def restore(kind: Literal["key", "value"]) -> Restore:
-        def restored(x: Vectors) -> Vectors:
-            mu = x.mean(axis=0).astype(np.float32)
+        def restored(x: Vectors, center: Vectors) -> Vectors:
+            mu = center.astype(np.float32)
             codes, scales = reference.encode(x.astype(np.float32), mu, kind, bits)
             return reference.decode(codes, scales, mu, bits)
 
@@ -96,39 +123,59 @@ def methods() -> list[Method]:
     }
     found = [_ours(bits) for bits in _OURS]
     for name, rival in rivals.items():
-        restore = rival.quantize_dequantize
+        restore = _uncentered(rival)
         found.append(Method(name, rival.bits_per_element, restore, restore))
     for bits in (2, 4):
         keys, values = uniform.Kivi(bits, "key"), uniform.Kivi(bits, "value")
         found.append(
             Method(
-                f"kivi {bits}", keys.bits_per_element,
-                keys.quantize_dequantize, values.quantize_dequantize,
+                f"kivi {bits}", keys.bits_per_element, _uncentered(keys), _uncentered(values)
             )
         )  # fmt: skip
     return found
 
 
+def _uncentered(rival: _Rival) -> Restore:
+    return lambda x, _: rival.quantize_dequantize(x)
+
+
 def synthetic(dim: int = 128, tokens: int = 2048, queries: int = 64, seed: int = 0) -> list[Sample]:
     """Gaussian keys, and keys with four channels offset by ten standard deviations."""
     rng = np.random.default_rng(seed)
-    keys, values = rng.standard_normal((2, tokens, dim))
+    keys, values, *others = rng.standard_normal((4, tokens, dim))
     asked = rng.standard_normal((queries, dim)) * 2
-    offset = keys.copy()
-    offset[:, rng.choice(dim, 4, replace=False)] += 10
-    return [Sample("gaussian", keys, values, asked), Sample("offset", offset, values, asked)]
+    centers = np.stack([other.mean(axis=0) for other in others])
+    offset = np.zeros(dim)
+    offset[rng.choice(dim, 4, replace=False)] = 10
+    moved = centers + np.stack((offset, np.zeros(dim)))
+    return [
+        Sample("gaussian", (Head(keys, values, asked, centers),)),
+        Sample("offset", (Head(keys + offset, values, asked, moved),)),
+    ]
 
 
-def captured(
-    layout: KvLayout, blocks: npt.NDArray[np.uint8], layer: int, head: int, queries: Vectors
-) -> Sample:
-    """Keys and values of a model from its sealed blocks [n, block_bytes] of codec fp32."""
-    if layout.codec != "fp32" or layout.layer_codecs:
-        raise ValueError(f"codec is {layout.codec_label}, must be fp32: others have lost already")
-    centers = np.zeros((2, layout.num_kv_heads, layout.head_dim), np.float32)
-    pairs = [reference.decode_layer(layout, block, layer, centers) for block in blocks]
-    keys, values = (np.concatenate([pair[i][:, head] for pair in pairs]) for i in range(2))
-    return Sample(f"layer {layer} head {head}", keys, values, queries)
+def captured(found: Capture, name: str) -> Sample:
+    """Every layer and head of a captured sequence: its last tokens ask for those before.
+
+    Raises ValueError for a sequence too short for that.
+    """
+    layers, tokens, heads, _ = found.k.shape
+    seen = (tokens - _ASKING_TOKENS) // 32 * 32
+    if seen < 32:
+        raise ValueError(f"captured {tokens} tokens, needs {_ASKING_TOKENS + 32}")
+    group = found.q.shape[2] // heads
+    parts = []
+    for layer, head in itertools.product(range(layers), range(heads)):
+        queries = found.q[layer, -_ASKING_TOKENS:, head * group : (head + 1) * group]
+        parts.append(
+            Head(
+                keys=found.k[layer, :seen, head].astype(np.float64),
+                values=found.v[layer, :seen, head].astype(np.float64),
+                queries=queries.reshape(-1, queries.shape[2]).astype(np.float64),
+                centers=found.centers[layer, :, head].astype(np.float64),
+            )
+        )
+    return Sample(name, tuple(parts))
 
 
 def _softmax(scores: Vectors) -> Vectors:
@@ -136,33 +183,58 @@ def _softmax(scores: Vectors) -> Vectors:
     return np.asarray(weights / weights.sum(axis=1, keepdims=True))
 
 
-def measure(method: Method, sample: Sample) -> CodecRow:
-    """One row."""
-    dim = sample.keys.shape[1]
-    keys = method.restore_keys(sample.keys)
-    values = method.restore_values(sample.values)
-    exact = sample.queries @ sample.keys.T
-    found = sample.queries @ keys.T
-    norms = np.linalg.norm(sample.queries, axis=1)[:, None] * np.linalg.norm(sample.keys, axis=1)
+def _measure_head(method: Method, head: Head) -> list[float]:
+    dim = head.keys.shape[1]
+    keys = method.restore_keys(head.keys, head.centers[0])
+    values = method.restore_values(head.values, head.centers[1])
+    exact = head.queries @ head.keys.T
+    found = head.queries @ keys.T
+    norms = np.linalg.norm(head.queries, axis=1)[:, None] * np.linalg.norm(head.keys, axis=1)
     error = (found - exact) * np.sqrt(dim) / norms
     weights, approximate = (_softmax(scores / np.sqrt(dim)) for scores in (exact, found))
     tiny = np.finfo(np.float64).tiny
     kl = (weights * np.log((weights + tiny) / (approximate + tiny))).sum(axis=1).mean()
-    out = weights @ sample.values
-    return CodecRow(
-        method.name,
-        sample.name,
-        method.bits_per_element(dim),
-        float(((keys - sample.keys) ** 2).sum() / (sample.keys**2).sum()),
+    out = weights @ head.values
+    return [
+        float(((keys - head.keys) ** 2).sum() / (head.keys**2).sum()),
         float(error.mean()),
         float(error.var()),
         float(kl),
         float(np.linalg.norm(approximate @ values - out) / np.linalg.norm(out)),
+    ]
+
+
+def measure(method: Method, sample: Sample) -> CodecRow:
+    """One row; `ours` is left empty."""
+    losses = np.mean([_measure_head(method, head) for head in sample.heads], axis=0)
+    dim = sample.heads[0].keys.shape[1]
+    bits = method.bits_per_element(dim)
+    return CodecRow(method.name, sample.name, bits, dim, Losses(*losses.tolist()))
+
+
+def beside_ours(rows: Sequence[CodecRow]) -> list[CodecRow]:
+    """The rows of one sample, each with ours at no more bits."""
+    own = sorted(
+        (row for row in rows if row.method.startswith("kvmesh")),
+        key=lambda row: row.bits_per_element,
     )
+    found = []
+    for row in rows:
+        fair = [each for each in own if each.bits_per_element <= row.bits_per_element]
+        if fair:
+            ratio = row.losses.softmax_kl / max(fair[-1].losses.softmax_kl, 1e-300)
+            row = replace(row, ours=fair[-1].method, kl_to_ours=ratio)
+        found.append(row)
+    return found
 
 
-def bench_codec(samples: list[Sample]) -> Iterator[CodecRow]:
-    """Every method on every sample, a row at a time."""
+def bench_codec(
+    samples: Sequence[Sample], on_row: Callable[[], None] = lambda: None
+) -> Iterator[CodecRow]:
+    """Every method on every sample, a sample at a time."""
     for sample in samples:
+        rows = []
         for method in methods():
-            yield measure(method, sample)
+            rows.append(measure(method, sample))
+            on_row()
+        yield from beside_ours(rows)

@@ -174,11 +174,19 @@ def _curve(line: Line, index: int, plot: LinePlot, scales: tuple[Scale, Scale]) 
             path = "L".join(f"{px:.1f} {py:.1f}" for px, py in run)
             parts.append(f'<path class="line" {stroke} d="M{path}"/>')
         if len(run) <= 40:  # more dots than that would hide the line
-            color = COLORS[index % len(COLORS)]
-            parts += [
-                f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3" fill="{color}"/>' for px, py in run
-            ]
+            parts += [_marker(px, py, index) for px, py in run]
     return "\n".join(parts)
+
+
+def _marker(x: float, y: float, index: int) -> str:
+    """A dot, or beyond seven curves, whose colours come again, a square and then a triangle."""
+    fill = f'fill="{COLORS[index % len(COLORS)]}"'
+    shape = index // len(COLORS) % 3
+    if shape == 0:
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" {fill}/>'
+    if shape == 1:
+        return f'<rect x="{x - 3.5:.1f}" y="{y - 3.5:.1f}" width="7" height="7" {fill}/>'
+    return f'<path d="M{x:.1f} {y - 4.5:.1f}l4.5 8h-9z" {fill}/>'
 
 
 def _stroke(line: Line, index: int) -> str:
@@ -190,8 +198,12 @@ def _stroke(line: Line, index: int) -> str:
 def _legend_entry(name: str, index: int, plot: LinePlot, box: _Box) -> str:
     x, y = box.right + 14, box.top + 12 + index * 20
     stroke = _stroke(plot.lines[index], index)
-    return f'<path class="line" {stroke} d="M{x:.1f} {y:.1f}h22"/>\n' + _text(
-        x + 28, y + 4, name, "start"
+    return "\n".join(
+        (
+            f'<path class="line" {stroke} d="M{x:.1f} {y:.1f}h22"/>',
+            _marker(x + 11, y, index),
+            _text(x + 28, y + 4, name, "start"),
+        )
     )
 
 

@@ -1,5 +1,6 @@
 """What codecs are compared on: generated documents with questions, and plain texts."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from importlib.resources import files
@@ -47,13 +48,15 @@ class PromptSet:
             raise ConfigError(f"{path} holds no text of more than {BLOCK_SIZE} tokens")
         return sequences
 
-    def _documents(self, length: int) -> Iterator[list[int]]:
+    def document(self, seed: int, length: int) -> list[int]:
+        """A document with facts, a question and its answer: at most, and nearly, `length` ids."""
         target = min(max(length - 32, MIN_TOKENS), MAX_TOKENS)
-        seed = FIRST_SEED
-        while True:
-            case = make_case(seed, target, (seed - FIRST_SEED) % MAX_FACTS + 1, self._count)
-            yield [*self._prompt(case.prompt), *self._encode(case.answer)][:length]
-            seed += 1
+        case = make_case(seed, target, seed % MAX_FACTS + 1, self._count)
+        return [*self._prompt(case.prompt), *self._encode(case.answer)][:length]
+
+    def _documents(self, length: int) -> Iterator[list[int]]:
+        for seed in itertools.count(FIRST_SEED):
+            yield self.document(seed, length)
 
     def _texts(self, texts: list[str], length: int) -> Iterator[list[int]]:
         for text in texts:

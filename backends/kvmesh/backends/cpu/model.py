@@ -27,6 +27,8 @@ from kvmesh.kernels.cpu import step as kernel
 from kvmesh.kernels.errors import CodecError
 from kvmesh.kernels.layout import BLOCK_SIZE, KvLayout
 
+Floats = npt.NDArray[np.float32]
+
 _POOL_LIMIT_BYTES = 2 << 30
 _POOL_SEQUENCES = 64  # a pool need not hold more than this many of full length
 _WARM_UP_TOKENS = 128
@@ -35,8 +37,17 @@ _WARM_UP_SEQUENCES = 8
 _PRIOR = Estimate(3e-4, 1e-4, 1e-4, 5e-7)
 
 
+Watch = Callable[[int, tuple[Floats, Floats, Floats]], None]
+
+
 class CpuModel:
-    """See base.Model. clock: seconds, monotonic."""
+    """See base.Model. clock: seconds, monotonic.
+
+    watch: called in each step with (layer, (q, k, v)) before the layer's attention, for those who
+    study a model; fp32 [tokens, heads, head dim], q and k after RoPE, valid during the call.
+    """
+
+    watch: Watch | None = None
 
     def __init__(
         self,
@@ -103,6 +114,8 @@ class CpuModel:
         seal_s = 0.0
         for layer in range(layout.num_layers):
             stages.run(layer, tokens)
+            if self.watch is not None:
+                self.watch(layer, qkv)
             ready = self._clock()
             share = kernel.run_layer(
                 layout, pool.blocks, pool.tails, plan, layer, qkv, self._centers, out

@@ -9,17 +9,16 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmesh.backends.errors import CheckpointError
+from kvmesh.backends.models.centers import find_centers
 from kvmesh.backends.models.config import LlamaConfig, read_config
 from kvmesh.backends.models.llama import build_stage, weight_shapes
 from kvmesh.backends.models.weights import (
     TensorRef,
     find_tensors,
     hash_tensors,
-    read_header,
     select,
 )
 
-CENTERS_FILE = "kvmesh_centers.safetensors"
 FINGERPRINT_BYTES = 16
 
 # Fields of the config that do not change K and V.
@@ -30,14 +29,16 @@ _NOT_IN_FINGERPRINT = ("eos_token_ids", "bos_token_id", "max_context")
 class Checkpoint:
     """A checkpoint that passed its checks.
 
-    root: folder that every weight file lies in, links resolved. centers: fp32
-    [layers, 2 (K, V), kv heads, head dim], the means that the codec subtracts; zeros if the
-    checkpoint brings none. fingerprint: 16 bytes over config, weights and centers.
+    folder: where config.json and the tokenizer's files lie. root: folder that every weight file
+    lies in, links resolved. centers: fp32
+    [layers, 2 (K, V), kv heads, head dim], the means that the codec subtracts (models.centers).
+    fingerprint: 16 bytes over config, weights and centers.
     """
 
     name: str
     config: LlamaConfig
     tensors: dict[str, TensorRef]
+    folder: Path
     root: Path
     centers: npt.NDArray[np.float32]
     fingerprint: bytes
@@ -56,30 +57,17 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: is not a folder; a checkpoint folder holds config.json")
     config = read_config(folder)
     tensors = select(find_tensors(folder), weight_shapes(config), folder)
-    centers = _read_centers(folder, config)
+    centers = find_centers(folder, config, tensors)
     files = {ref.file.resolve().parent for ref in tensors.values()}
     return Checkpoint(
         name=folder.resolve().name,
         config=config,
         tensors=tensors,
+        folder=folder,
         root=Path(os.path.commonpath(files)),
         centers=centers,
         fingerprint=_fingerprint(config, tensors, centers),
     )
-
-
-def _read_centers(folder: Path, config: LlamaConfig) -> npt.NDArray[np.float32]:
-    shape = (config.num_layers, 2, config.num_kv_heads, config.head_dim)
-    path = folder / CENTERS_FILE
-    if not path.exists():
-        return np.zeros(shape, np.float32)
-    ref = select(read_header(path), {"centers": shape}, path)["centers"]
-    if ref.dtype != "F32":
-        raise CheckpointError(f"{path}: tensor centers has dtype {ref.dtype}, supported: F32")
-    values = np.fromfile(path, "<f4", count=ref.length // 4, offset=ref.offset)
-    if not np.isfinite(values).all():
-        raise CheckpointError(f"{path}: tensor centers holds values that are not finite")
-    return values.reshape(shape)
 
 
 def _fingerprint(

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from kvmesh.backends.errors import CheckpointError
 from kvmesh.backends.models.config import read_json
 
@@ -139,6 +142,19 @@ def select(
             )
         chosen[name] = ref
     return chosen
+
+
+def read_tensor(ref: TensorRef) -> npt.NDArray[np.float32]:
+    """A tensor's values, as fp32 of its shape. Raises CheckpointError if the file got shorter."""
+    dtype = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}[ref.dtype]
+    count = ref.length // ITEM_BYTES[ref.dtype]
+    values = np.fromfile(ref.file, dtype, count=count, offset=ref.offset)
+    if values.size != count:
+        raise CheckpointError(f"{ref.file}: was truncated while it was read")
+    if ref.dtype == "BF16":
+        values = (values.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    floats: npt.NDArray[np.float32] = values.astype(np.float32).reshape(ref.shape)
+    return floats
 
 
 def hash_tensors(tensors: Iterable[TensorRef], seed: bytes) -> bytes:
