@@ -45,7 +45,7 @@ static __device__ __forceinline__ void expand(
                               permute(shifted, word, 0xFBEAu);
         pairs[0] = widen_low(low), pairs[1] = widen_high(low);
         pairs[2] = widen_low(high), pairs[3] = widen_high(high);
-    } else {
+    } else if constexpr (bits < 4) {
         uint32_t even = word & 0x33333333u;         // fields 0 (low nibbles) and 2 (high)
         uint32_t odd = (word >> 2) & 0x33333333u;   // fields 1 and 3
         uint32_t negative = TABLE_2;
@@ -102,7 +102,7 @@ struct alignas(16) Chunk {
     uint32_t words[4];
 };
 
-// Reads chunk (o, i) of a head's plane straight from the pool, for floats too: pairs of four lanes.
+// The pairs of each of a chunk's four lanes.
 template <int bits, int kind>
 static __device__ __forceinline__ void expand_chunk(
     const Chunk& codes, const Chunk& signs, int lane, int o, int i,
@@ -114,9 +114,9 @@ static __device__ __forceinline__ void expand_chunk(
 }
 
 // The same from fp16, which lie [summed axis][lane]: pair e joins rows e and e + 4 of a word of 8.
-template <int kind>
+template <int kind, int n>
 static __device__ __forceinline__ void load_halves(
-    const uint8_t* plane, int lane, int o, int i, uint32_t (&pairs)[4][4]) {
+    const uint8_t* plane, int lane, int o, int i, uint32_t (&pairs)[4][n]) {
     using At = Chunks<16, kind>;
     const uint32_t* rows = reinterpret_cast<const uint32_t*>(
         plane + ((int64_t)At::word(lane, o, i) * 8 * At::lanes + At::first_lane(lane, o, i)) * 2);
