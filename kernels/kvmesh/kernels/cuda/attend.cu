@@ -8,7 +8,7 @@
 // Sixteen rows of the tokens of one segment that lie in one block.
 struct Tile {
     int segment, first_row;  // first_row: of the step, of the piece's first token
-    int64_t number, position;  // of the block, and of the piece's first token
+    int number, position;  // of the block, and of the piece's first token
     int row, rows;  // the tile's first row in the piece; the piece's rows, 0 if there are none
 };
 
@@ -18,33 +18,33 @@ static __device__ __forceinline__ Tile tile_of(
     Tile tile;
     tile.segment = tiles[3 * index];
     tile.row = tiles[3 * index + 2];
-    const int64_t start = step.start[tile.segment];
+    const int start = (int)step.start[tile.segment];
     const int first = step.row_start[tile.segment];
-    const int64_t end = start + (step.row_start[tile.segment + 1] - first);
+    const int end = start + (step.row_start[tile.segment + 1] - first);
     tile.number = start / BLOCK_TOKENS + tiles[3 * index + 1];
-    const int64_t border = tile.number * BLOCK_TOKENS;
+    const int border = tile.number * BLOCK_TOKENS;
     tile.position = border > start ? border : start;
-    const int64_t last = border + BLOCK_TOKENS < end ? border + BLOCK_TOKENS : end;
-    tile.rows = last > tile.position ? (int)(last - tile.position) * group : 0;
-    tile.first_row = first + (int)(tile.position - start);
+    const int last = border + BLOCK_TOKENS < end ? border + BLOCK_TOKENS : end;
+    tile.rows = last > tile.position ? (last - tile.position) * group : 0;
+    tile.first_row = first + (tile.position - start);
     return tile;
 }
 
 // Blocks are cut into spans by what a row of block `number` may see, and by nothing else: so the
 // cuts, and with them the order of every sum, are the same in any step.
 struct Spans {
-    int64_t first, blocks;  // the first block that any row sees; blocks of one span
+    int first, blocks;  // the first block that any row sees; blocks of one span
     int count;
 };
 
-static __device__ __forceinline__ Spans spans_of(int64_t number, int window, int splits, int least) {
-    const int64_t seen = window ? (window + BLOCK_TOKENS - 1) / BLOCK_TOKENS + 1 : number;
+static __device__ __forceinline__ Spans spans_of(int number, int window, int splits, int least) {
+    const int seen = window ? (window + BLOCK_TOKENS - 1) / BLOCK_TOKENS + 1 : number;
     Spans spans;
     spans.first = number > seen ? number - seen : 0;
-    const int64_t visible = number - spans.first;
+    const int visible = number - spans.first;
     spans.blocks = (visible + splits - 1) / splits;
     if (spans.blocks < least) spans.blocks = least;
-    spans.count = (int)((visible + spans.blocks - 1) / spans.blocks);
+    spans.count = (visible + spans.blocks - 1) / spans.blocks;
     return spans;
 }
 
@@ -126,7 +126,7 @@ static __device__ __forceinline__ void read_rows(
     }
 }
 
-// Partial results: peaks fp32 [parts, query heads, 2] (base-2 maximum, sum), outs fp32 [parts, query
+// Partial results: peaks fp32 [parts, query heads, PARTS, 2] (base-2 maximum, sum), outs fp32 [parts, query
 // heads, DIM]. token_part int32 [T]: a token's first part, its spans follow; or, folded, ~part.
 struct Parts {
     float *peaks, *outs;
@@ -143,8 +143,9 @@ static __device__ __forceinline__ void joined(
 }
 
 static __device__ __forceinline__ void store_part(
-    const State& state, const Tile& tile, int head, int group, int span, const Parts& parts) {
-    int64_t at[2];
+    const State& state, const Tile& tile, int head, int group, int span, int half,
+    const Parts& parts) {
+    int64_t at[2], peak_at[2];
     float fade[2], grow[2], top[2], total[2];
     bool real[2], first[2];
 #pragma unroll
@@ -154,11 +155,12 @@ static __device__ __forceinline__ void store_part(
         const int base = real[r] ? parts.token_part[tile.first_row + row / group] : 0;
         const int64_t part = base < 0 ? ~base : base + span;
         at[r] = part * parts.query_heads + head * group + row % group;
+        peak_at[r] = 2 * (at[r] * PARTS + half);
         first[r] = base >= 0 || span == 0;
         fade[r] = 0.0f, grow[r] = 1.0f, top[r] = state.peak[r], total[r] = state.total[r];
         if (real[r] && !first[r]) {
-            joined(parts.peaks[2 * at[r]], state.peak[r], fade[r], grow[r], top[r]);
-            total[r] = add(multiply(parts.peaks[2 * at[r] + 1], fade[r]),
+            joined(parts.peaks[peak_at[r]], state.peak[r], fade[r], grow[r], top[r]);
+            total[r] = add(multiply(parts.peaks[peak_at[r] + 1], fade[r]),
                            multiply(total[r], grow[r]));
         }
     }
@@ -170,15 +172,15 @@ static __device__ __forceinline__ void store_part(
         for (int i = 0; i < OUT_TILES; i++)
 #pragma unroll
             for (int c = 0; c < 2; c++) {
-                const int dim = dim_of(i, c);
+                const int dim = dim_of(half * OUT_OUTER, i, c);
                 if (dim >= DIM) continue;
                 float* out = parts.outs + at[r] * DIM + dim;
                 const float x = state.out[i][c + 2 * r];
                 *out = first[r] ? x : add(multiply(*out, fade[r]), multiply(x, grow[r]));
             }
         if (threadIdx.x % 4 == 0) {
-            parts.peaks[2 * at[r]] = top[r];
-            parts.peaks[2 * at[r] + 1] = total[r];
+            parts.peaks[peak_at[r]] = top[r];
+            parts.peaks[peak_at[r] + 1] = total[r];
         }
     }
 }
@@ -186,11 +188,12 @@ static __device__ __forceinline__ void store_part(
 // Blocks on their way into shared memory, two deep: each lane copies what it will itself read.
 struct Ring {
     static constexpr int keys = KEY_BITS <= 8 ? Keys::total : 0;
-    static constexpr int values = VALUE_BITS <= 8 ? Values::total : 0;
+    static constexpr int value_count = OUT_OUTER * Values::inner;
+    static constexpr int values =
+        VALUE_BITS <= 8 ? value_count * (VALUE_BITS == 3 ? 2 : 1) : 0;
     static constexpr int bytes = (keys + values) * 512 + 256;
 
     uint8_t* memory;
-    const uint8_t *key_plane, *value_plane;  // of floats, which are read from where they are
 
     __device__ __forceinline__ Chunk* slot(int index) const {
         return reinterpret_cast<Chunk*>(memory) + index * 32 + threadIdx.x % 32;
@@ -199,32 +202,36 @@ struct Ring {
         return reinterpret_cast<const uint16_t*>(memory + (keys + values) * 512 + 128 * kind);
     }
 
-    template <int bits, int kind>
-    __device__ __forceinline__ void fill_plane(const uint8_t* plane, int first) const {
+    // Chunks first_outer .. first_outer + outer of a plane, into the slots from `first` on.
+    template <int bits, int kind, int outer>
+    __device__ __forceinline__ void fill_plane(
+        const uint8_t* plane, int first, int first_outer) const {
         using At = Chunks<bits, kind>;
         const int lane = threadIdx.x % 32;
 #pragma unroll
-        for (int o = 0; o < At::outer; o++)
+        for (int o = 0; o < outer; o++)
 #pragma unroll
             for (int i = 0; i < At::inner; i++) {
-                if (!At::exists(lane, o, i)) continue;
+                const int from = first_outer + o;
+                if (!At::exists(lane, from, i)) continue;
                 const int index = first + o * At::inner + i;
-                copy_async_16(slot(index), plane + At::offset(lane, o, i));
+                copy_async_16(slot(index), plane + At::offset(lane, from, i));
                 if (bits == 3)
-                    copy_async_16(slot(index + At::count), plane + At::sign_offset(lane, o, i));
+                    copy_async_16(slot(index + outer * At::inner),
+                                  plane + At::sign_offset(lane, from, i));
             }
     }
 
-    __device__ __forceinline__ void fill(const Planes& planes) const {
+    __device__ __forceinline__ void fill(const Planes& planes, int first_outer) const {
         const int lane = threadIdx.x % 32;
         if constexpr (KEY_BITS <= 8) {
-            fill_plane<KEY_BITS, 0>(planes.keys, 0);
+            fill_plane<KEY_BITS, 0, Keys::outer>(planes.keys, 0, 0);
             if (lane < 8)
                 copy_async_16(memory + (keys + values) * 512 + lane * 16,
                               planes.key_scales + lane * 8);
         }
         if constexpr (VALUE_BITS <= 8) {
-            fill_plane<VALUE_BITS, 1>(planes.values, keys);
+            fill_plane<VALUE_BITS, 1, OUT_OUTER>(planes.values, keys, first_outer);
             if (lane >= 8 && lane < 16)
                 copy_async_16(memory + (keys + values) * 512 + lane * 16,
                               planes.value_scales + (lane - 8) * 8);
@@ -235,7 +242,8 @@ struct Ring {
 // Where the operands of one block come from, in attend_decode.
 struct RingSource {
     const Ring& ring;
-    const uint8_t *keys, *values;
+    const uint8_t *keys, *values;  // of floats, which are read from where they are
+    int first_outer;
 
     __device__ __forceinline__ void key_pairs(int o, int h, uint32_t (&pairs)[4][KEY_PAIRS]) const {
         const int lane = threadIdx.x % 32, index = o * Keys::inner + h;
@@ -253,10 +261,10 @@ struct RingSource {
         const int lane = threadIdx.x % 32, index = Ring::keys + o * Values::inner + i;
         if constexpr (VALUE_BITS <= 8)
             expand_chunk<VALUE_BITS, 1>(
-                *ring.slot(index), *ring.slot(VALUE_BITS == 3 ? index + Values::count : index),
-                lane, o, i, pairs);
-        else if (Values::exists(lane, o, i))
-            load_halves<1>(values, lane, o, i, pairs);
+                *ring.slot(index), *ring.slot(VALUE_BITS == 3 ? index + Ring::value_count : index),
+                lane, first_outer + o, i, pairs);
+        else if (Values::exists(lane, first_outer + o, i))
+            load_halves<1>(values, lane, first_outer + o, i, pairs);
         else
             zero(pairs);
         center_values(pairs);
@@ -272,7 +280,7 @@ struct RingSource {
 template <typename Source>
 static __device__ __forceinline__ void absorb(
     const uint32_t* queries, const Source& source, const Row (&rows)[2], const Rule& rule,
-    int64_t first, const uint16_t* key_scales, const uint16_t* value_scales, State& state) {
+    int first, const uint16_t* key_scales, const uint16_t* value_scales, State& state) {
     float scores[2][4][4];
     score(queries, source, scores);
     finish_scores(scores, key_scales, rows, rule, first);
@@ -280,7 +288,8 @@ static __device__ __forceinline__ void absorb(
     mix(scores, source, state);
 }
 
-// Each warp attends one tile to one span. Grid (tiles, heads, splits / DECODE_WARPS rounded up).
+// Each warp attends one tile to one span. Grid (tiles, heads * PARTS, splits / DECODE_WARPS
+// rounded up).
 KERNEL __launch_bounds__(DECODE_WARPS * 32, 1) attend_decode(
     const uint8_t* pool, int64_t block_bytes, int64_t key_codes, int64_t value_codes,
     int64_t key_scales, int64_t value_scales, const int32_t* row_start, const int64_t* start,
@@ -295,42 +304,42 @@ KERNEL __launch_bounds__(DECODE_WARPS * 32, 1) attend_decode(
     const Spans spans = spans_of(tile.number, window, splits, least);
     const int warp = threadIdx.x / 32, span = blockIdx.z * DECODE_WARPS + warp;
     if (span >= spans.count || tile.row >= tile.rows) return;
-    const int head = blockIdx.y;
+    const int head = blockIdx.y / PARTS, half = blockIdx.y % PARTS;
     const PlaneOffsets at = {block_bytes, key_codes, value_codes, key_scales, value_scales};
     const Rule rule = {0.0f, cap, window};
     queries += ((int64_t)blockIdx.x * heads + head) * QUERY_WORDS;
     Row rows[2];
     read_rows(meta + ((int64_t)blockIdx.x * heads + head) * ROWS * 4, tile, group, rows);
     const int32_t* table = tables + (int64_t)tile.segment * table_width;
-    const int64_t begin = spans.first + span * spans.blocks;
-    const int64_t end = begin + spans.blocks < tile.number ? begin + spans.blocks : tile.number;
-    Ring rings[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) rings[i].memory = memory + (2 * warp + i) * Ring::bytes;
-    rings[0].fill(planes_of(pool, table[begin], head, at));
+    const int begin = spans.first + span * spans.blocks;
+    const int end = begin + spans.blocks < tile.number ? begin + spans.blocks : tile.number;
+    Ring ring = {memory + 2 * warp * Ring::bytes};
+    Ring next = {ring.memory + Ring::bytes};
+    ring.fill(planes_of(pool, table[begin], head, at), half * OUT_OUTER);
     commit_copies();
     State state;
     clear(state);
-    for (int64_t b = begin; b < end; b++) {
-        const Ring ring = {memory + (2 * warp + (b - begin) % 2) * Ring::bytes, nullptr, nullptr};
-        const Ring next = {memory + (2 * warp + (b - begin + 1) % 2) * Ring::bytes, nullptr, nullptr};
-        if (b + 1 < end) next.fill(planes_of(pool, table[b + 1], head, at));
+    for (int b = begin; b < end; b++) {
+        if (b + 1 < end) next.fill(planes_of(pool, table[b + 1], head, at), half * OUT_OUTER);
         commit_copies();
         await_copies<1>();
         sync_warp();
         const Planes planes = planes_of(pool, table[b], head, at);
-        const RingSource source = {ring, planes.keys, planes.values};
+        const RingSource source = {ring, planes.keys, planes.values, half * OUT_OUTER};
         absorb(queries, source, rows, rule, b * BLOCK_TOKENS, ring.scales(0), ring.scales(1), state);
         sync_warp();  // all lanes have read this block's scales
+        const Ring read = ring;
+        ring = next, next = read;
     }
     close(state);
-    store_part(state, tile, head, group, span, {peaks, outs, token_part, heads * group});
+    store_part(state, tile, head, group, span, half, {peaks, outs, token_part, heads * group});
 }
 
 // Operands that the block's warps have widened together; each warp reads them all.
 struct SharedSource {
     Chunk* memory;
     const uint8_t *keys, *values;
+    int first_outer;
 
     template <int n>
     __device__ __forceinline__ Chunk* slot(int index) const {
@@ -365,12 +374,12 @@ struct SharedSource {
         read(o * Values::inner + i, pairs);
     }
 
-    template <int bits, int kind>
+    template <int bits, int kind, int outer>
     __device__ __forceinline__ void widen(const uint8_t* plane) const {
         using At = Chunks<bits, kind>;
         const int lane = threadIdx.x % 32;
-        for (int index = threadIdx.x / 32; index < At::count; index += PREFILL_WARPS) {
-            const int o = index / At::inner, i = index % At::inner;
+        for (int index = threadIdx.x / 32; index < outer * At::inner; index += PREFILL_WARPS) {
+            const int o = index / At::inner + (kind == 1 ? first_outer : 0), i = index % At::inner;
             uint32_t pairs[4][Word<bits>::pairs];
             RingSource::zero(pairs);
             if (At::exists(lane, o, i)) {
@@ -392,7 +401,7 @@ struct SharedSource {
 };
 
 // Each warp attends one tile of a piece to all its spans, in order; a block of threads takes
-// PREFILL_WARPS tiles of one piece. Grid (tiles / PREFILL_WARPS, heads).
+// PREFILL_WARPS tiles of one piece. Grid (tiles / PREFILL_WARPS, heads * PARTS).
 KERNEL __launch_bounds__(PREFILL_WARPS * 32, 1) attend_prefill(
     const uint8_t* pool, int64_t block_bytes, int64_t key_codes, int64_t value_codes,
     int64_t key_scales, int64_t value_scales, const int32_t* row_start, const int64_t* start,
@@ -405,7 +414,7 @@ KERNEL __launch_bounds__(PREFILL_WARPS * 32, 1) attend_prefill(
     const Step step = {row_start, start, nullptr, tables, table_width};
     const Tile tile = tile_of(tiles, index, step, group);
     const Spans spans = spans_of(tile.number, window, splits, least);
-    const int head = blockIdx.y;
+    const int head = blockIdx.y / PARTS, half = blockIdx.y % PARTS;
     const PlaneOffsets at = {block_bytes, key_codes, value_codes, key_scales, value_scales};
     const Rule rule = {0.0f, cap, window};
     queries += ((int64_t)index * heads + head) * QUERY_WORDS;
@@ -414,19 +423,19 @@ KERNEL __launch_bounds__(PREFILL_WARPS * 32, 1) attend_prefill(
     const int32_t* table = tables + (int64_t)tile.segment * table_width;
     State state;
     for (int span = 0; span < spans.count; span++) {
-        const int64_t begin = spans.first + span * spans.blocks;
-        const int64_t end = begin + spans.blocks < tile.number ? begin + spans.blocks : tile.number;
+        const int begin = spans.first + span * spans.blocks;
+        const int end = begin + spans.blocks < tile.number ? begin + spans.blocks : tile.number;
         clear(state);
-        for (int64_t b = begin; b < end; b++) {
+        for (int b = begin; b < end; b++) {
             const Planes planes = planes_of(pool, table[b], head, at);
             const SharedSource source = {
-                reinterpret_cast<Chunk*>(memory), planes.keys, planes.values};
+                reinterpret_cast<Chunk*>(memory), planes.keys, planes.values, half * OUT_OUTER};
             float scores[2][4][4];
-            if constexpr (KEY_BITS <= 16) source.widen<KEY_BITS, 0>(planes.keys);
+            if constexpr (KEY_BITS <= 16) source.widen<KEY_BITS, 0, Keys::outer>(planes.keys);
             sync_block();
             score(queries, source, scores);
             sync_block();
-            if constexpr (VALUE_BITS <= 16) source.widen<VALUE_BITS, 1>(planes.values);
+            if constexpr (VALUE_BITS <= 16) source.widen<VALUE_BITS, 1, OUT_OUTER>(planes.values);
             finish_scores(scores, planes.key_scales, rows, rule, b * BLOCK_TOKENS);
             to_weights(scores, planes.value_scales, state);
             sync_block();
@@ -435,7 +444,7 @@ KERNEL __launch_bounds__(PREFILL_WARPS * 32, 1) attend_prefill(
         }
         close(state);
         sync_warp();
-        store_part(state, tile, head, group, span, {peaks, outs, token_part, heads * group});
+        store_part(state, tile, head, group, span, half, {peaks, outs, token_part, heads * group});
         sync_warp();
     }
 }
@@ -459,8 +468,8 @@ KERNEL finish_rows(
     const Step step = {row_start, start, slot, tables, table_width};
     const Exact kv = {{k, v}, tails, layer, num_layers, heads};
     const int segment = token_segment[row], query_head = blockIdx.y, head = query_head / group;
-    const int64_t position = start[segment] + (row - row_start[segment]);
-    const int64_t number = position / BLOCK_TOKENS, first = number * BLOCK_TOKENS;
+    const int position = (int)start[segment] + (row - row_start[segment]);
+    const int number = position / BLOCK_TOKENS, first = number * BLOCK_TOKENS;
     const Spans spans = spans_of(number, window, splits, least);
     const int base = token_part[row];
     const int count = base < 0 ? (spans.count ? 1 : 0) : spans.count;
@@ -469,10 +478,10 @@ KERNEL finish_rows(
     for (int j = threadIdx.x; j < DIM; j += blockDim.x) x[j] = 0.0f;
     for (int i = 0; i < count; i++) {
         const int64_t part = at + (int64_t)i * heads * group;
-        float fade = 0.0f, grow = 1.0f, top = peaks[2 * part];
-        if (i) joined(peak, peaks[2 * part], fade, grow, top);
-        total = i ? add(multiply(total, fade), multiply(peaks[2 * part + 1], grow))
-                  : peaks[2 * part + 1];
+        float fade = 0.0f, grow = 1.0f, top = peaks[2 * PARTS * part];
+        if (i) joined(peak, peaks[2 * PARTS * part], fade, grow, top);
+        total = i ? add(multiply(total, fade), multiply(peaks[2 * PARTS * part + 1], grow))
+                  : peaks[2 * PARTS * part + 1];
         peak = top;
         for (int j = threadIdx.x; j < DIM; j += blockDim.x) {
             const float next = outs[part * DIM + j];
@@ -487,7 +496,7 @@ KERNEL finish_rows(
             sealed[j] = add(multiply(sealed[j], multiply(rotation_sign(j), INVERSE_ROOT_DIM)),
                             multiply(total, centers[(heads + head) * DIM + j]));
     }
-    const int own = (int)(position - first) + 1, lane = threadIdx.x % 32;
+    const int own = position - first + 1, lane = threadIdx.x % 32;
     const float* query = q + ((int64_t)row * heads * group + query_head) * DIM;
     for (int u = threadIdx.x / 32; u < own; u += blockDim.x / 32) {
         const float* key = exact_vector(step, kv, segment, first + u, 0, head);

@@ -16,7 +16,10 @@ constexpr int KEY_PAIRS = Word<KEY_BITS>::pairs;
 constexpr int VALUE_PAIRS = Word<VALUE_BITS>::pairs;
 constexpr int KEY_STEPS = Keys::outer * KEY_PAIRS / 2;  // of 16 dims
 constexpr int QUERY_WORDS = KEY_BITS == 32 ? ROWS * DIM : KEY_STEPS * 128;  // of one tile and head
-constexpr int OUT_TILES = 4 * ((DIM + 31) / 32);
+// Above 128 dims a warp mixes half of them, so that its sums fit in registers, and another the rest.
+constexpr int PARTS = DIM > 128 ? 2 : 1;
+constexpr int OUT_OUTER = (Values::outer + PARTS - 1) / PARTS;
+constexpr int OUT_TILES = 4 * OUT_OUTER;
 
 // The scores' rule beside the product. window 0: none; cap 0: none.
 struct Rule {
@@ -27,7 +30,7 @@ struct Rule {
 // What a lane knows of its two rows, lane / 4 and lane / 4 + 8.
 struct Row {
     float factor, correction, bias;
-    int64_t position;
+    int position;
 };
 
 struct State {
@@ -81,7 +84,7 @@ static __device__ __forceinline__ void score(
                         multiply(rows[r / 2 * 8 * DIM + d],
                                  keys[d * BLOCK_TOKENS + 8 * h + 4 * (r % 2) + j]));
 #else
-#pragma unroll
+#pragma unroll 1
     for (int o = 0; o < Keys::outer; o++)
 #pragma unroll
         for (int h = 0; h < 2; h++) {
@@ -101,7 +104,7 @@ static __device__ __forceinline__ void score(
 
 static __device__ __forceinline__ void finish_scores(
     float (&scores)[2][4][4], const uint16_t* scales, const Row (&rows)[2], const Rule& rule,
-    int64_t first) {
+    int first) {
     const int own = threadIdx.x % 4 * 16;
 #pragma unroll
     for (int h = 0; h < 2; h++)
@@ -193,7 +196,7 @@ static __device__ __forceinline__ void mix(
             for (int n = 0; n < OUT_TILES; n++)
 #pragma unroll
                 for (int c = 0; c < 2; c++) {
-                    const int dim = n / 4 * 32 + 4 * (2 * t + c) + n % 4;
+                    const int dim = source.first_outer * 32 + n / 4 * 32 + 4 * (2 * t + c) + n % 4;
                     if (dim >= DIM) continue;
                     state.out[n][c] = add(state.out[n][c], multiply(first, row[dim]));
                     state.out[n][c + 2] = add(state.out[n][c + 2], multiply(second, row[dim]));
@@ -212,7 +215,7 @@ static __device__ __forceinline__ void mix(
                             weights[high / 8][high % 4][high / 4 % 2 + 2 * r]);
     }
 #pragma unroll
-    for (int o = 0; o < Values::outer; o++)
+    for (int o = 0; o < OUT_OUTER; o++)
 #pragma unroll
         for (int i = 0; i < Values::inner; i++) {
             uint32_t pairs[4][VALUE_PAIRS];
@@ -257,8 +260,9 @@ static __device__ __forceinline__ void close(State& state) {
     }
 }
 
-static __device__ __forceinline__ int dim_of(int tile, int column) {
-    return tile / 4 * 32 + 4 * (2 * (threadIdx.x % 4) + column) + tile % 4;
+// The dim of a lane's accumulator; a warp's first tile begins at value chunk first_outer.
+static __device__ __forceinline__ int dim_of(int first_outer, int tile, int column) {
+    return first_outer * 32 + tile / 4 * 32 + 4 * (2 * (threadIdx.x % 4) + column) + tile % 4;
 }
 
 // One head's planes of one block in the pool.

@@ -70,6 +70,11 @@ class AttendShape:
     prefill_bytes: int
 
 
+def value_parts(head_dim: int) -> int:
+    """Warps that share the dims of the values of one tile and span."""
+    return 2 if head_dim > 128 else 1
+
+
 def attend_shape(unit: Unit) -> AttendShape:
     """The arithmetic of `Chunks` in codes.cuh."""
     dim, chunks, widened = unit.head_dim, 0, 0
@@ -77,6 +82,7 @@ def attend_shape(unit: Unit) -> AttendShape:
     for kind, bits in enumerate((unit.key_bits, unit.value_bits)):
         elements = 16 if bits == 3 else 8 if bits >= 16 else 32 // bits
         outer = -(-dim // 32) if kind else -(-(dim // elements) // 4)
+        outer = -(-outer // value_parts(dim)) if kind else outer
         count = outer * (16 // elements if kind else 2)
         if bits <= 8:
             chunks += count * (2 if bits == 3 else 1)
