@@ -181,7 +181,7 @@ static void run_block(bool reversed) {
 template <typename... Args, size_t... I>
 static int launch(void (*kernel)(Args...), const unsigned* grid, unsigned block, int reversed,
                   void** args, std::index_sequence<I...>) {
-    failed = false;
+    failed = false, message[0] = 0;
     grid_size = {grid[0], grid[1], grid[2]};
     block_size = {block, 1, 1};
     body = [=] { kernel(*static_cast<std::decay_t<Args>*>(args[I])...); };

@@ -42,7 +42,9 @@ def test_cuda_seals_as_the_reference_and_attends(codec, dim):
 @pytest.mark.parametrize("group", [1, 3, 7, 16])
 def test_cuda_serves_any_group_and_query_length(group):
     """q_len 1 to 8 at positions around a block's edge; groups that fill a tile and that do not."""
-    case = Case("k4v4", 64, 1, group, before=(63, 64, 65, 120, 190), new=(1, 1, 8, 5, 2), seed=group)
+    case = Case(
+        "k4v4", 64, 1, group, before=(63, 64, 65, 120, 190), new=(1, 1, 8, 5, 2), seed=group
+    )
     assert worst_error(case.run().out, case.expected(Rule())[0]) <= BOUND
 
 
@@ -74,7 +76,10 @@ def test_cuda_row_has_the_same_bits_in_any_step(codec, dim):
     expected = whole.run(splitting=Splitting(2, 1)).out
     for before, new in ((150, 50), (199, 1), (191, 9), (128, 3)):
         part = Case(codec, dim, 1, 3, before=(before, 70), new=(new, 2), seed=5)
-        part.keys[0], part.values[0] = whole.keys[0][: before + new], whole.values[0][: before + new]
+        part.keys[0], part.values[0] = (
+            whole.keys[0][: before + new],
+            whole.values[0][: before + new],
+        )
         part.centers = whole.centers
         part.q[:new] = whole.q[before : before + new]
         found = part.run(splitting=Splitting(2, 1)).out[:new]

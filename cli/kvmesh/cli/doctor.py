@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("grpcio", "protobuf", "numpy", "tokenizers", "pydantic", "opentelemetry-sdk", "typer")
 CPU_PACKAGES = ("numba", "onnx", "onnxruntime")
-OPTIONAL_PACKAGES = ("uvloop", "onnxruntime-gpu", "cupy-cuda13x", "numba-cuda")
+OPTIONAL_PACKAGES = ("uvloop", "onnxruntime-gpu", "cupy-cuda13x", "cuda-bindings")
 CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "amx_int8", "asimd")
 LOW_MEMORY = 2 << 30
 

@@ -126,7 +126,7 @@ static __device__ __forceinline__ void read_rows(
     }
 }
 
-// Partial results: peaks fp32 [parts, query heads, PARTS, 2] (base-2 maximum, sum), outs fp32 [parts, query
+// Partial results: peaks fp32 [parts, query heads, PARTS, 2] (base-2 maximum rounded up, sum), outs fp32 [parts, query
 // heads, DIM]. token_part int32 [T]: a token's first part, its spans follow; or, folded, ~part.
 struct Parts {
     float *peaks, *outs;

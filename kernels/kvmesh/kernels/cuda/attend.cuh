@@ -34,7 +34,7 @@ struct Row {
 };
 
 struct State {
-    float peak[2], total[2], mass[2];  // base-2 max; this lane's sums of weights, plain and scaled
+    float peak[2], total[2], mass[2];  // base-2 max, rounded up; this lane's sums of weights, plain and scaled
     float out[OUT_TILES][4];
     int exponent;  // of the largest value scale so far: out is in units of 2^(exponent - HEADROOM)
 };
@@ -73,6 +73,7 @@ static __device__ __forceinline__ void score(
 #if KEY_BITS == 32
     const float* rows = reinterpret_cast<const float*>(queries) + lane / 4 * DIM;
     const float* keys = reinterpret_cast<const float*>(source.keys) + lane % 4 * 16;
+#pragma unroll 1
     for (int d = 0; d < DIM; d++)
 #pragma unroll
         for (int h = 0; h < 2; h++)
@@ -137,7 +138,8 @@ static __device__ __forceinline__ void to_weights(
             peak = fmaxf(peak, scores[i / 8][i % 4][i / 4 % 2 + 2 * r]);
         peak = fmaxf(peak, shuffle_xor(peak, 1));
         peak = fmaxf(peak, shuffle_xor(peak, 2));
-        peak = fmaxf(peak, state.peak[r]);
+        // A whole number: other cuts of the blocks scale weights by powers of two, and round alike.
+        peak = fmaxf(ceilf(peak), state.peak[r]);
         fade[r] = weight_of(state.peak[r], peak);
         state.peak[r] = peak;
     }
@@ -185,7 +187,7 @@ static __device__ __forceinline__ void mix(
 #if VALUE_BITS == 32
     const int lane = threadIdx.x % 32, t = lane % 4;
     const float* values = reinterpret_cast<const float*>(source.values);
-#pragma unroll
+#pragma unroll 1
     for (int x = 0; x < 4; x++)
 #pragma unroll
         for (int i = 0; i < 16; i++) {

@@ -89,14 +89,14 @@ class BlockTools:
 
     def move(self, target: Any, to: npt.ArrayLike, source: Any, come_from: npt.ArrayLike) -> None:
         """target[to[i]] = source[come_from[i]]: gathers, scatters or copies whole blocks."""
-        to_ids, from_ids = (
-            np.atleast_1d(np.asarray(ids, np.int32)) for ids in (to, come_from)
-        )
+        to_ids, from_ids = (np.atleast_1d(np.asarray(ids, np.int32)) for ids in (to, come_from))
         if len(to_ids) != len(from_ids):
             raise ValueError(f"{len(from_ids)} blocks to {len(to_ids)} places")
         for name, ids, limit in (("to", to_ids, len(target)), ("from", from_ids, len(source))):
             if len(ids) and not (ids.min() >= 0 and ids.max() < limit):
-                raise ValueError(f"block ids {name} {ids.min()}..{ids.max()} are not in [0, {limit})")
+                raise ValueError(
+                    f"block ids {name} {ids.min()}..{ids.max()} are not in [0, {limit})"
+                )
         if not len(to_ids):
             return
         args = (

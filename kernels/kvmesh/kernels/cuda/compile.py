@@ -4,13 +4,18 @@ Machine code is kept under the user's cache folder, by digest of the text and by
 """
 
 import importlib.util
+import itertools
 import os
 import re
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kvmesh.kernels.cuda.source import FOLDER, Unit
+from kvmesh.kernels.layout import CODECS
 
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100a", "sm_103a", "sm_107a", "sm_120a")
 OPTIONS = ("-std=c++17", "-fmad=false", "-default-device", "--ptxas-options=-v")
@@ -50,9 +55,7 @@ def compile_unit(unit: Unit, architecture: str) -> Compiled:
     """Raises CompileError with NVRTC's log."""
     from cuda.bindings import nvrtc
 
-    _, program = _checked(
-        nvrtc.nvrtcCreateProgram(unit.text.encode(), b"unit.cu", 0, [], [])
-    )
+    _, program = _checked(nvrtc.nvrtcCreateProgram(unit.text.encode(), b"unit.cu", 0, [], []))
     try:
         options = [f"--gpu-architecture={architecture}", f"-I{FOLDER}", *OPTIONS]
         (result,) = nvrtc.nvrtcCompileProgram(
@@ -92,6 +95,20 @@ def parse_usage(log: str) -> tuple[Usage, ...]:
     return tuple(found)
 
 
+def compile_all(head_dims: Sequence[int]) -> Iterator[tuple[Unit, str, Usage]]:
+    """What every kernel takes, for every codec, head_dim and architecture. Takes long."""
+    units = [Unit("blocks")]
+    for codec, dim in itertools.product(CODECS.values(), head_dims):
+        units += [Unit(name, dim, codec.key_bits, codec.value_bits) for name in ("seal", "attend")]
+    with ThreadPoolExecutor() as pool:  # NVRTC runs without the interpreter's lock
+        pairs = list(itertools.product(units, ARCHITECTURES))
+        for (unit, arch), made in zip(
+            pairs, pool.map(lambda pair: compile_unit(*pair), pairs), strict=True
+        ):
+            for use in made.usage:
+                yield unit, arch, use
+
+
 def _checked(answer: tuple[Any, ...]) -> tuple[Any, ...]:
     if int(answer[0]) != 0:
         raise CompileError(f"NVRTC: {answer[0].name}")
@@ -105,3 +122,16 @@ def _read(size_of: Any, read: Any, program: Any) -> bytes:
     target = bytes(data)
     _checked(read(program, target))
     return target
+
+
+if __name__ == "__main__":
+    dims = [int(word) for word in sys.argv[1:]] or [64, 80, 96, 112, 128, 192, 256]
+    spilled = 0
+    for unit, arch, use in compile_all(dims):
+        spilled += use.stack > 0
+        print(
+            f"{arch:8} {unit.name:7} d={unit.head_dim:<4} k{unit.key_bits}v{unit.value_bits:<3} "
+            f"{use.kernel:16} {use.registers:4} registers, {use.stack} bytes of stack",
+            flush=True,
+        )
+    sys.exit(f"{spilled} kernels spill" if spilled else 0)

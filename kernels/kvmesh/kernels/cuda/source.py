@@ -147,9 +147,7 @@ def _rotation_lines(dim: int) -> list[str]:
 def _codebook_lines() -> list[str]:
     lines = []
     for name, table in (("thresholds", codebook.thresholds), ("levels", codebook.levels)):
-        lines.append(
-            f"template <int bits> static __device__ __forceinline__ float {name}(int i);"
-        )
+        lines.append(f"template <int bits> static __device__ __forceinline__ float {name}(int i);")
         for bits in (2, 3, 4):
             values = [_float(float(value)) for value in table(bits)]
             lines.append(_array("float", f"{name}_{bits}", values))

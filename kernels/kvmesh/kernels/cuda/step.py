@@ -24,7 +24,7 @@ _FLOAT = 4  # bytes
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How scores are made. scale: 0 means 1/sqrt(head_dim). cap: soft-cap of the logits, 0 for none.
+    """How scores are made. scale: 0 means 1/sqrt(head_dim). cap: soft-cap of logits, 0 for none.
 
     window: a token sees itself and the window - 1 tokens before it; 0 for all. sinks: device fp32
     [query heads], a logit that takes part in the sum alone, or None.
@@ -95,9 +95,7 @@ class StepKernels:
             np.int32(layout.num_kv_heads),
         )  # fmt: skip
         tokens = int(plan.host.row_start[-1])
-        self._device.launch(
-            self._unit("seal", layer), "append_tails", (tokens, 1, 1), 128, 0, args
-        )
+        self._device.launch(self._unit("seal", layer), "append_tails", (tokens, 1, 1), 128, 0, args)
 
     def finish(self, plan: DevicePlan) -> None:
         """Header and checksum of the filled blocks, after every layer.
@@ -126,7 +124,9 @@ class StepKernels:
             (plan.prefill, plan.num_prefill, True),
         ):
             if len(tiles):
-                self._attend_tiles(plan, layer, (tiles, count, prefill), (qkv[0], group), rule, rest)
+                self._attend_tiles(
+                    plan, layer, (tiles, count, prefill), (qkv[0], group), rule, rest
+                )
         self._finish_rows(plan, layer, qkv, (out, lse), rule, rest)
 
     def _attend_tiles(
@@ -155,7 +155,11 @@ class StepKernels:
         )  # fmt: skip
         wide = heads * value_parts(layout.head_dim)
         if prefill:
-            grid, warps, shared = (number // PREFILL_WARPS, wide, 1), PREFILL_WARPS, shape.prefill_bytes
+            grid, warps, shared = (
+                (number // PREFILL_WARPS, wide, 1),
+                PREFILL_WARPS,
+                shape.prefill_bytes,
+            )
         else:
             warps = shape.decode_warps
             grid, shared = (number, wide, -(-limits.most // warps)), 2 * warps * shape.ring_bytes
