@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvmesh.kernels import block, errors
-from kvmesh.kernels.layout import CODECS, KvLayout
+from kvmesh.kernels.layout import CODECS, KvLayout, plane_bytes
 
 LAYOUT = KvLayout(2, 1, 32, "k4v4", bytes(range(16)))
 
@@ -30,8 +30,8 @@ def test_planes_tile_the_block(codec, dim):
     for layer in range(3):
         planes = layout.planes(layer)
         for start, size in (
-            (planes.key_codes, 2 * 64 * dim * planes.codec.key_bits // 8),
-            (planes.value_codes, 2 * 64 * dim * planes.codec.value_bits // 8),
+            (planes.key_codes, 2 * plane_bytes(dim, 64, planes.codec.key_bits)),
+            (planes.value_codes, 2 * plane_bytes(64, dim, planes.codec.value_bits)),
             (planes.key_scales, 256 * (planes.codec.key_bits <= 8)),
             (planes.value_scales, 256 * (planes.codec.value_bits <= 8)),
         ):
@@ -45,7 +45,7 @@ def test_planes_tile_the_block(codec, dim):
     ("change", "message"),
     [
         ({"codec": "k5v5"}, "codec is 'k5v5', must be one of fp32, fp16, k8v8, k4v4, k4v3"),
-        ({"head_dim": 100}, r"head_dim is 100, must be a multiple of 8 in 32\.\.256"),
+        ({"head_dim": 100}, r"head_dim is 100, must be a multiple of 16 in 32\.\.256"),
         ({"head_dim": 104}, "head_dim is 104, .* that has a Hadamard matrix"),
         ({"head_dim": 512}, "head_dim is 512"),
         ({"head_dim": 16}, "head_dim is 16"),

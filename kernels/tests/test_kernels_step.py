@@ -64,8 +64,12 @@ def expected_block(case: Case, number: int) -> np.ndarray:
     return want
 
 
-def assert_right(case: Case, out: np.ndarray, tokens, tolerance=2e-5) -> None:
-    """Every sealed block is the reference's bytes, every output the fp64 attention's."""
+def assert_right(case: Case, out: np.ndarray, tokens) -> None:
+    """Every sealed block is the reference's bytes, every output the fp64 attention's.
+
+    Queries and weights are rounded to 16 bits where keys and values are codes.
+    """
+    tolerance = 2e-4 if case.layout.spec.key_bits <= 8 else 2e-5
     q, k, v = case.qkv
     full = (max(tokens) + 1) // 64
     for number in range(full):

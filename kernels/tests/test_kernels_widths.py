@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kvmesh.kernels import block, codebook, errors, reference, rotation
 from kvmesh.kernels.cpu import step
-from kvmesh.kernels.layout import CODECS, KvLayout, supports_head_dim
+from kvmesh.kernels.layout import CODECS, KvLayout, plane_bytes, supports_head_dim
 
 DIMS = [dim for dim in range(64, 257) if supports_head_dim(dim)]
 NO_CENTER = np.zeros(128, np.float32)
@@ -86,7 +86,7 @@ def test_any_shape_matches_the_reference(codec, dim, group, tokens, kind, seed):
     values = np.concatenate([*(d[1] for d in decoded), v[tail]])
     expected = reference.attend_reference(q[last], keys, values)
     # Keys of 1e4 make scores of 1e4, whose fp32 rounding alone moves a weight by 1e-3.
-    bound = 5e-2 if kind == "large" else 1e-4
+    bound = 5e-2 if kind == "large" else 2e-4
     assert np.abs(out[last] - expected).max() <= bound * np.abs(values).max()
 
 
@@ -140,17 +140,26 @@ def test_rotation_is_a_symmetric_hadamard_matrix(dim):
     np.testing.assert_array_equal(matrix @ matrix, dim * np.eye(dim))
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-def test_pack_and_unpack_are_inverse(bits):
-    codes = np.random.default_rng(bits).integers(0, 1 << bits, (3, 40, 64)).astype(np.uint8)
+@pytest.mark.parametrize("length", [32, 48, 80, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_pack_and_unpack_are_inverse(bits, length):
+    codes = np.random.default_rng(bits).integers(0, 1 << bits, (3, length, 64)).astype(np.uint8)
     plane = reference.pack(codes, bits)
-    assert plane.shape == (3, 40 * 64 * bits // 8)
+    assert plane.shape == (3, plane_bytes(length, 64, bits))
     np.testing.assert_array_equal(reference.unpack(plane, bits, codes.shape), codes)
 
 
-def test_three_bits_lie_in_two_planes():
-    codes = np.array([[[5, 2, 0, 7, 1, 4, 6, 3]]], np.uint8)
-    assert reference.pack(codes, 3).tolist() == [[0b11_00_10_01, 0b11_10_00_01, 0b01101001]]
+def test_words_lie_as_the_diagram_says():
+    """Element 4 k + b of a word is field k of byte b; the signs of 3 bits are a plane behind."""
+    codes = np.random.default_rng(3).integers(0, 8, (1, 48, 2)).astype(np.uint8)
+    plane = reference.pack(codes, 3)[0]
+    for element, lane in itertools.product(range(48), range(2)):
+        word, rest = divmod(element, 16)
+        low = plane[(word * 2 + lane) * 4 + rest % 4] >> (rest // 4 * 2) & 3
+        word, rest = divmod(element, 32)
+        sign = plane[24 + (word * 2 + lane) * 4 + rest % 4] >> (rest // 4) & 1
+        assert low | sign << 2 == codes[0, element, lane]
+    assert not (plane[32:] >> 4).any()  # elements 48..63 are padding
 
 
 @pytest.mark.parametrize(("bits", "distortion"), [(1, 0.36089), (2, 0.11600), (3, 0.03397),

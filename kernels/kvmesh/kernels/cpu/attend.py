@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from kvmesh.kernels.cpu.dot import dot_rows, set_weights
 from kvmesh.kernels.cpu.jit import exp, kernel
-from kvmesh.kernels.cpu.tile import hadamard, read_tile
+from kvmesh.kernels.cpu.simd import ROWS
+from kvmesh.kernels.cpu.tile import hadamard, plane_at, read_tile
 from kvmesh.kernels.layout import BLOCK_SIZE
 
 _ZERO = np.float32(0.0)
@@ -73,11 +75,12 @@ def _to_weights(scores: Any, peak: Any, halves: Any) -> Any:
 
 
 @kernel
-def _absorb(scratch: Any, row: int) -> None:
-    """One step of online softmax: adds the tile's 64 tokens to a row's state."""
+def _advance(scratch: Any, row: int) -> Any:
+    """One step of online softmax: scores become weights times the values' scales.
+
+    Returns what the row's sum so far is to be multiplied by.
+    """
     weights = scratch.weights
-    mixed = scratch.mixed[row]
-    _score(scratch.queries[row], scratch.keys, weights)
     bias = scratch.bias[row]
     for t in range(BLOCK_SIZE):
         weights[t] = bias + scratch.key_scales[t] * weights[t]
@@ -89,9 +92,63 @@ def _absorb(scratch: Any, row: int) -> None:
     scratch.total[row] = scratch.total[row] * fade + total
     for t in range(BLOCK_SIZE):
         weights[t] = weights[t] * scratch.value_scales[t]
+    return fade
+
+
+@kernel
+def _absorb_floats(scratch: Any, row: int) -> None:
+    """Adds a tile of floats to a row's state."""
+    _score(scratch.queries[row], scratch.keys, scratch.weights)
+    fade = _advance(scratch, row)
+    mixed = scratch.mixed[row]
     for j in range(mixed.size):
         mixed[j] = mixed[j] * fade
-    _mix(weights, scratch.values, BLOCK_SIZE, mixed)
+    _mix(scratch.weights, scratch.values, BLOCK_SIZE, mixed)
+
+
+@kernel
+def _absorb_codes(
+    geo: Any, table: Any, codes: Any, head: int, scratch: Any, first: int, count: int
+) -> None:
+    """Adds one head of a block, codes uint8 [block bytes], to rows [first, first + count)."""
+    dots = scratch.dots
+    queries, mixing = scratch.rounded, scratch.mixing
+    start = codes.ctypes.data
+    keys, values = start + plane_at(geo, 0, head), start + plane_at(geo, 1, head)
+    dot_rows(geo.key_bits, keys, queries, first, count, dots, BLOCK_SIZE)
+    for i in range(count):
+        row = first + i
+        unit = queries.unit[row] * table.half_step[0]
+        offset = queries.offset[row]
+        for t in range(BLOCK_SIZE):
+            whole = np.int32(2) * dots[i, t] - offset
+            scratch.weights[t] = np.float32(np.int32(whole)) * unit
+        scratch.fades[i] = _advance(scratch, row)
+        set_weights(mixing, i, scratch.weights)
+    dot_rows(geo.value_bits, values, mixing, 0, count, dots, geo.dim)
+    for i in range(count):
+        mixed = scratch.mixed[first + i]
+        fade = scratch.fades[i]
+        unit = mixing.unit[i] * table.half_step[1]
+        offset = mixing.offset[i]
+        for j in range(geo.dim):
+            whole = np.int32(2) * dots[i, j] - offset
+            mixed[j] = mixed[j] * fade + np.float32(np.int32(whole)) * unit
+
+
+@kernel
+def _absorb(
+    geo: Any, table: Any, pool: Any, block: int, head: int, rows: int, scratch: Any
+) -> None:
+    """Adds one KV head of a sealed block to every row's state."""
+    read_tile(geo, pool, block, head, scratch)
+    if geo.key_bits <= 8:
+        for first in range(0, rows, ROWS):
+            count = min(ROWS, rows - first)
+            _absorb_codes(geo, table, pool.octets[block], head, scratch, first, count)
+    else:
+        for row in range(rows):
+            _absorb_floats(scratch, row)
 
 
 @kernel
@@ -109,6 +166,7 @@ def _start_row(geo: Any, table: Any, query: Any, center: Any, scratch: Any, row:
         hadamard(own, table.base)
         for j in range(geo.dim):
             own[j] = own[j] * scale  # 1/sqrt(dim) again, H's own norm
+        set_weights(scratch.rounded, row, own)
     scratch.bias[row] = bias
     scratch.peak[row] = _NEVER
     scratch.total[row] = _ZERO
@@ -170,9 +228,7 @@ def attend(
                 query = queries[i, head * group + g]
                 _start_row(geo, table, query, centers[0, head], scratch, i * group + g)
         for block in blocks:
-            read_tile(geo, table, pool, block, head, scratch)
-            for row in range(count * group):
-                _absorb(scratch, row)
+            _absorb(geo, table, pool, block, head, count * group, scratch)
         for t in range(first + count):
             for j in range(geo.dim):
                 scratch.keys[j, t] = tail[0, t, head, j]

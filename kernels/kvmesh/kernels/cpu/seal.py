@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from kvmesh.kernels.codebook import INT8_MOST, INT8_STEP
+from kvmesh.kernels.codebook import GRID_MIDDLE, STEPS_8
 from kvmesh.kernels.cpu.jit import kernel, to_half
+from kvmesh.kernels.cpu.tile import plane_at
 from kvmesh.kernels.layout import BLOCK_SIZE
 from kvmesh.kernels.reference import LARGEST, SMALLEST_NORM2, WEAKEST
 
@@ -18,10 +19,11 @@ _ONE = np.float32(1.0)
 _LARGEST = np.float32(LARGEST)
 _SMALLEST_NORM2 = np.float32(SMALLEST_NORM2)
 _WEAKEST = np.float32(WEAKEST)
-_STEP = np.float32(INT8_STEP)
-_STEPS = np.float32(1 / INT8_STEP)
-_MOST = np.float32(INT8_MOST)
-_ROUND = np.float32(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to an integer
+_STEPS = np.float32(STEPS_8)
+_STEP = np.float32(1 / STEPS_8)
+_MIDDLE = np.float32(GRID_MIDDLE)
+_BELOW = np.float32(127.0)
+_MOST = np.float32(255.0)
 
 
 @kernel
@@ -70,10 +72,9 @@ def _to_steps(tile: Any, work: Any, codes: Any, unbiased: bool) -> None:
     """Codes uint8 [dim, 64] of 8 bits; work gets what a or e is the mean of (see reference)."""
     for j in range(tile.shape[0]):
         for t in range(BLOCK_SIZE):
-            steps = (tile[j, t] * _STEPS + _ROUND) - _ROUND
-            steps = min(max(steps, -_MOST), _MOST)
-            codes[j, t] = np.uint8(np.int32(steps))
-            level = steps * _STEP
+            passed = min(max(np.ceil(tile[j, t] * _STEPS) + _BELOW, _ZERO), _MOST)
+            codes[j, t] = np.uint8(np.int32(passed))
+            level = (passed - _MIDDLE) * _STEP
             work[j, t] = level * (tile[j, t] if unbiased else level)
 
 
@@ -136,41 +137,34 @@ def _encode(tile: Any, work: Any, codes: Any, kind: int, bits: int, table: Any) 
 
 
 @kernel
-def _write_plane(octets: Any, offset: int, codes: Any, width: int, by_token: bool) -> None:
-    """Packs codes uint8 [dim, 64] along tokens (keys) or dims (values); destroys them.
+def _write_words(octets: Any, codes: Any, first: int, width: int) -> None:
+    """Packs bits [first, first + width) of codes uint8 [length, lanes] along length (block.py).
 
-    Neighbours are joined, the first one low, until they fill a byte.
+    A last word that length does not fill is padded with zeros.
     """
-    dims, tokens = codes.shape
-    while width < 8:
-        if by_token:
-            tokens //= 2
-            for j in range(dims):
-                for t in range(tokens):
-                    codes[j, t] = codes[j, 2 * t] | np.uint8(codes[j, 2 * t + 1] << width)
-        else:
-            dims //= 2
-            for j in range(dims):
-                for t in range(tokens):
-                    codes[j, t] = codes[2 * j, t] | np.uint8(codes[2 * j + 1, t] << width)
-        width *= 2
-    for j in range(dims):
-        for t in range(tokens):
-            octets[offset + (j * tokens + t if by_token else t * dims + j)] = codes[j, t]
+    length, lanes = codes.shape
+    span = 32 // width
+    mask = np.uint8((1 << width) - 1)
+    for j in range(-(-length // span) * 4):
+        word, octet = divmod(j, 4)
+        at = 4 * lanes * word + octet
+        start = span * word + octet
+        for lane in range(lanes):
+            octets[at + 4 * lane] = np.uint8(0)
+        for i in range(start, min(start + span, length), 4):
+            shift = np.uint8((i - start) // 4 * width)
+            for lane in range(lanes):
+                octets[at + 4 * lane] |= np.uint8((codes[i, lane] >> first & mask) << shift)
 
 
 @kernel
-def _write_codes(octets: Any, offset: int, codes: Any, bits: int, by_token: bool) -> None:
-    """Writes one head's codes uint8 [dim, 64], destroyed; 3 bits as magnitudes, then signs."""
-    part = np.empty(codes.shape, np.uint8) if bits == 3 else codes
-    for first in range(0, 3 if bits == 3 else 1, 2):
-        width = bits if bits != 3 else 2 - first // 2
-        mask = np.uint8((1 << width) - 1)
-        for j in range(codes.shape[0] if bits == 3 else 0):
-            for t in range(BLOCK_SIZE):
-                part[j, t] = codes[j, t] >> first & mask
-        _write_plane(octets, offset, part, width, by_token)
-        offset += codes.size // 4
+def _write_codes(octets: Any, codes: Any, bits: int) -> None:
+    """Writes one head's codes uint8 [length, lanes]; 3 bits as magnitudes, then signs."""
+    if bits == 3:
+        _write_words(octets, codes, 0, 2)
+        _write_words(octets[codes.size // 4 :], codes, 2, 1)
+    else:
+        _write_words(octets, codes, 0, bits)
 
 
 @kernel
@@ -208,10 +202,9 @@ def seal_layer(geo: Any, table: Any, pool: Any, block: int, tail: Any, centers: 
     codes = np.empty((geo.dim, BLOCK_SIZE), np.uint8)
     for kind in range(2):
         bits = geo.value_bits if kind else geo.key_bits
-        plane = geo.value_codes if kind else geo.key_codes
         scales_at = geo.value_scales if kind else geo.key_scales
         for head in range(geo.heads):
-            at = plane + head * BLOCK_SIZE * geo.dim * bits // 8
+            at = plane_at(geo, kind, head)
             rows = tail[kind, :, head, :]
             if bits > 8:
                 _write_floats(pool, block, at, bits, rows if kind else rows.T)
@@ -220,7 +213,10 @@ def seal_layer(geo: Any, table: Any, pool: Any, block: int, tail: Any, centers: 
                 for j in range(geo.dim):
                     tile[j, t] = rows[t, j] - centers[kind, head, j]
             scales = _encode(tile, work, codes, kind, bits, table)
-            _write_codes(pool.octets[block], at, codes, bits, kind == 0)
+            if kind:
+                _write_codes(pool.octets[block, at:], codes.T, bits)
+            else:
+                _write_codes(pool.octets[block, at:], codes, bits)
             for t in range(BLOCK_SIZE):
                 pool.halves[block, scales_at // 2 + head * BLOCK_SIZE + t] = scales[t]
     return True

@@ -1,8 +1,7 @@
-"""What the kernels are told about a layer, and how they read a block's planes into fp32 tiles.
+"""What the kernels are told about a layer, and how they find and read a block's planes.
 
-A tile holds one KV head of one block: keys [dim][64 tokens], values [64 tokens][dim], in the
-rotated and centered space the block is coded in (in K's and V's own space for float codecs),
-without their scales.
+A tile holds one KV head of one block of floats, or of a tail: keys [dim][64 tokens], values
+[64 tokens][dim], in K's and V's own space. Codes are never read into tiles: dot.py takes them.
 """
 
 import functools
@@ -11,11 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvmesh.kernels import codebook, rotation
+from kvmesh.kernels.cpu import simd
+from kvmesh.kernels.cpu.dot import make_weights
 from kvmesh.kernels.cpu.jit import from_half, kernel
-from kvmesh.kernels.layout import BLOCK_SIZE, KvLayout
+from kvmesh.kernels.layout import BLOCK_SIZE, KvLayout, plane_bytes
 
 _ONE = np.float32(1.0)
-_STEP = np.float32(codebook.INT8_STEP)
+
+head_bytes = kernel(plane_bytes)
 
 
 class Geometry(NamedTuple):
@@ -35,9 +37,7 @@ class Tables(NamedTuple):
     """Constants of one layer; what differs between keys (0) and values (1) is stacked.
 
     signs fp32 [dim] and base fp32 [m, m] (rotation.py); thresholds fp32 [2, 15], stored uint8
-    [2, 16] and levels fp32 [2, 16] (codebook.py), each filled as far as its width goes. pairs
-    uint64 [2, 512]: what a byte of codes decodes to, two fp32 levels in each. flips uint64 [32]:
-    the two pairs of fp32 sign bits of each four signs.
+    [2, 16] and levels fp32 [2, 256] (codebook.py), each filled as far as its width goes.
     """
 
     signs: Any
@@ -45,8 +45,7 @@ class Tables(NamedTuple):
     thresholds: Any
     stored: Any
     levels: Any
-    pairs: Any
-    flips: Any
+    half_step: Any  # fp32 [2], of codebook.step
 
 
 class Pool(NamedTuple):
@@ -71,6 +70,10 @@ class Scratch(NamedTuple):
     peak: Any  # fp32 [rows], largest score so far
     total: Any  # fp32 [rows], sum of exp(score - peak)
     mixed: Any  # fp32 [rows, dim], the values' sum under those weights
+    rounded: Any  # Weights of queries [rows, dim]
+    mixing: Any  # Weights of values [ROWS, 64]
+    fades: Any  # fp32 [ROWS]
+    dots: Any  # int32 [ROWS, the larger of dim and 64]
 
 
 @functools.cache
@@ -91,24 +94,22 @@ def geometry(layout: KvLayout, layer: int) -> Geometry:
 @functools.cache
 def tables(layout: KvLayout, layer: int) -> Tables:
     # Copies: the sources are read-only, which Numba would compile as another type.
-    signs_of_four = np.arange(16, dtype=np.uint32)[:, None] >> np.arange(4, dtype=np.uint32) & 1
     table = Tables(
         rotation.signs(layout.head_dim).copy(),
         rotation.base(layout.head_dim).copy(),
         np.zeros((2, 15), np.float32),
         np.zeros((2, 16), np.uint8),
-        np.zeros((2, 16), np.float32),
-        np.zeros((2, 512), np.uint64),
-        (signs_of_four << 31).astype(np.uint32).view(np.uint64).reshape(-1),
+        np.zeros((2, 256), np.float32),
+        np.zeros(2, np.float32),
     )
     codec = layout.planes(layer).codec
     for kind, bits in enumerate((codec.key_bits, codec.value_bits)):
+        if bits <= 8:
+            table.levels[kind, : 1 << bits] = codebook.levels(bits)
+            table.half_step[kind] = codebook.step(bits) / 2
         if bits < 8:
             table.thresholds[kind, : (1 << bits) - 1] = codebook.thresholds(bits)
             table.stored[kind, : 1 << bits] = codebook.stored_codes(bits)
-            table.levels[kind, : 1 << bits] = codebook.levels(bits)
-            pairs = codebook.levels_by_byte(bits).view(np.uint64).reshape(-1)
-            table.pairs[kind, : pairs.size] = pairs
     return table
 
 
@@ -127,6 +128,10 @@ def make_scratch(dim: int, rows: int) -> Any:
         np.empty(rows, np.float32),
         np.empty(rows, np.float32),
         np.empty((rows, dim), np.float32),
+        make_weights(rows, dim),
+        make_weights(simd.ROWS, BLOCK_SIZE),
+        np.empty(simd.ROWS, np.float32),
+        np.empty((simd.ROWS, max(dim, BLOCK_SIZE)), np.int32),
     )
 
 
@@ -156,39 +161,12 @@ def hadamard(x: Any, base: Any) -> None:
 
 
 @kernel
-def _read_low_bits(octets: Any, offset: int, bits: int, table: Any, kind: int, two: Any) -> None:
-    """Decodes codes of 2 or 3 bits, two of them at a time: uint64 [any]."""
-    fours = two.size // 2
-    for i in range(fours):
-        at = 2 * np.int64(octets[offset + i])
-        two[2 * i] = table.pairs[kind, at]
-        two[2 * i + 1] = table.pairs[kind, at + 1]
-    if bits == 3:
-        for i in range(fours):
-            at = 2 * np.int64(octets[offset + fours + i // 2] >> 4 * (i % 2) & 15)
-            two[2 * i] ^= table.flips[at]
-            two[2 * i + 1] ^= table.flips[at + 1]
-
-
-@kernel
-def _read_plane(
-    pool: Any, block: int, offset: int, bits: int, table: Any, kind: int, out: Any
-) -> None:
-    """Decodes out.size elements that start `offset` bytes into a block. out: fp32, contiguous."""
-    if bits == 4:
-        two = out.view(np.uint64)
-        for i in range(two.size):
-            two[i] = table.pairs[kind, pool.octets[block, offset + i]]
-    elif bits < 4:
-        _read_low_bits(pool.octets[block], offset, bits, table, kind, out.view(np.uint64))
-    elif bits == 8:
-        for i in range(out.size):
-            out[i] = np.float32(np.int8(pool.octets[block, offset + i])) * _STEP
-    elif bits == 16:
-        for i in range(out.size):
+def _read_floats(pool: Any, block: int, offset: int, bits: int, out: Any) -> None:
+    """Reads out.size floats of 16 or 32 bits, `offset` bytes into a block. out: contiguous."""
+    for i in range(out.size):
+        if bits == 16:
             out[i] = from_half(pool.halves[block, offset // 2 + i])
-    else:
-        for i in range(out.size):
+        else:
             out[i] = pool.floats[block, offset // 4 + i]
 
 
@@ -199,13 +177,21 @@ def _read_scales(pool: Any, block: int, offset: int, bits: int, out: Any) -> Non
 
 
 @kernel
-def read_tile(geo: Any, table: Any, pool: Any, block: int, head: int, scratch: Any) -> None:
-    """Fills the scratch tile and its scales with one KV head of a sealed block."""
+def plane_at(geo: Any, kind: int, head: int) -> int:
+    """Where one head's codes begin, in bytes from the block's start."""
+    if kind:
+        return geo.value_codes + head * head_bytes(BLOCK_SIZE, geo.dim, geo.value_bits)
+    return geo.key_codes + head * head_bytes(geo.dim, BLOCK_SIZE, geo.key_bits)
+
+
+@kernel
+def read_tile(geo: Any, pool: Any, block: int, head: int, scratch: Any) -> None:
+    """Fills the scratch scales with one KV head of a block, and the tile if it has floats."""
     size = BLOCK_SIZE * geo.dim
     for kind in range(2):
         bits = geo.value_bits if kind else geo.key_bits
-        plane = geo.value_codes if kind else geo.key_codes
-        tile = (scratch.values if kind else scratch.keys).reshape(size)
-        _read_plane(pool, block, plane + head * size * bits // 8, bits, table, kind, tile)
+        if bits > 8:
+            tile = (scratch.values if kind else scratch.keys).reshape(size)
+            _read_floats(pool, block, plane_at(geo, kind, head), bits, tile)
         at = (geo.value_scales if kind else geo.key_scales) + head * BLOCK_SIZE * 2
         _read_scales(pool, block, at, bits, scratch.value_scales if kind else scratch.key_scales)
