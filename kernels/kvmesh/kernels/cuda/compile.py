@@ -3,6 +3,7 @@
 Machine code is kept under the user's cache folder, by digest of the text and by architecture.
 """
 
+import importlib
 import importlib.util
 import itertools
 import os
@@ -53,7 +54,7 @@ def missing() -> str | None:
 
 def compile_unit(unit: Unit, architecture: str) -> Compiled:
     """Raises CompileError with NVRTC's log."""
-    from cuda.bindings import nvrtc
+    nvrtc = importlib.import_module("cuda.bindings.nvrtc")
 
     _, program = _checked(nvrtc.nvrtcCreateProgram(unit.text.encode(), b"unit.cu", 0, [], []))
     try:

@@ -4,13 +4,15 @@ Arrays follow NumPy's rules for shape, dtype and basic slicing. Launches and cop
 order they are asked for; `get` waits for them.
 """
 
+import importlib
+import importlib.util
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from kvmesh.kernels.cuda.compile import cubin_path
+from kvmesh.kernels.cuda.compile import ARCHITECTURES, cubin_path, missing
 from kvmesh.kernels.cuda.source import Unit
 
 
@@ -49,8 +51,7 @@ class CupyDevice:
     """A real GPU through CuPy. Raises ImportError without CuPy, CuPy's errors without a GPU."""
 
     def __init__(self, number: int = 0) -> None:
-        import cupy
-
+        cupy = importlib.import_module("cupy")
         self._cupy = cupy
         self._device = cupy.cuda.Device(number)
         self._device.use()
@@ -89,6 +90,22 @@ class CupyDevice:
 
     def synchronize(self) -> None:
         self._cupy.cuda.get_current_stream().synchronize()
+
+
+def unavailable_reason() -> str | None:
+    """None if the kernels run on a GPU of this machine, else why not, with the next step."""
+    lacking = missing()
+    if lacking is not None:
+        return lacking
+    if importlib.util.find_spec("cupy") is None:
+        return "cupy cannot be imported; install kvmesh[cuda]"
+    try:
+        name = CupyDevice().architecture
+    except Exception as error:  # CuPy's classes, and the driver's behind them
+        return f"no usable GPU: {type(error).__name__}: {error}"
+    if len(name) == len(ARCHITECTURES[0]) and name < ARCHITECTURES[0]:
+        return f"this GPU is {name}, the kernels need {ARCHITECTURES[0]} or newer"
+    return None
 
 
 def architecture_of(compute_capability: str) -> str:
