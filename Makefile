@@ -59,7 +59,7 @@ COMPILE := uv pip compile pyproject.toml --extra cpu --universal --generate-hash
   --python-version 3.11 --no-emit-index-url --no-header --quiet
 requirements:
 	$(COMPILE) --group build --output-file requirements/cpu.txt
-	$(COMPILE) --group build --group dev --constraint requirements/cpu.txt \
+	$(COMPILE) --group build --group dev --group cudacc --constraint requirements/cpu.txt \
 	  --output-file requirements/dev.txt
 
 clean:

@@ -90,3 +90,11 @@ def test_cli_doctor_fails_without_its_model(tmp_path: Path):
 def run_doctor(config: Path, folder: Path):
     arguments = ["doctor", "--json", "--config", str(config), "--run-dir", str(folder / "run")]
     return CliRunner().invoke(app, arguments)
+
+
+def test_cli_doctor_tells_why_the_cuda_kernels_do_not_run():
+    from kvmesh.kernels.cuda.device import unavailable_reason
+
+    finding = doctor.cuda_kernels()
+    assert finding.state == ("ok" if unavailable_reason() is None else "note")
+    assert finding.text

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("grpcio", "protobuf", "numpy", "tokenizers", "pydantic", "opentelemetry-sdk", "typer")
 CPU_PACKAGES = ("numba", "onnx", "onnxruntime")
-OPTIONAL_PACKAGES = ("uvloop", "onnxruntime-gpu", "cupy-cuda13x", "numba-cuda")
+OPTIONAL_PACKAGES = ("uvloop", "onnxruntime-gpu", "cupy-cuda13x", "cuda-bindings")
 CPU_FEATURES = ("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "amx_int8", "asimd")
 LOW_MEMORY = 2 << 30
 
@@ -60,6 +60,7 @@ def _findings(config: Path | None, run_dir: Path | None) -> Iterator[Finding]:
     yield cpu(Path("/proc/cpuinfo"))
     yield memory(Path("/proc/meminfo"))
     yield from _backends()
+    yield cuda_kernels()
     yield _model(mesh)
     yield _running_or_ports(mesh, run_dir)
 
@@ -142,6 +143,16 @@ def _backends() -> Iterator[Finding]:
             yield Finding(f"backend {name}", "ok", "available")
         else:  # only the CPU is a must
             yield Finding(f"backend {name}", "bad" if name == "cpu" else "note", reason)
+
+
+def cuda_kernels() -> Finding:
+    """Whether the CUDA kernels run here; no mesh needs them."""
+    from kvmesh.kernels.cuda.device import unavailable_reason
+
+    reason = unavailable_reason()
+    if reason is not None:
+        return Finding("cuda kernels", "note", reason)
+    return Finding("cuda kernels", "ok", "a GPU is here; try them: pytest -m gpu kernels/tests")
 
 
 def _model(mesh: "MeshConfig") -> Finding:
