@@ -49,9 +49,9 @@ def _row(member: "inference_pb2.MemberStatus") -> tuple[object, ...]:
 async def models(target: Target, json: Json = False) -> None:
     """List the models that the mesh serves."""
     async with open_client(target) as client:
-        reply = await client.list_models()
+        found = await client.models()
     if json:
-        print_json(plain(reply))
+        print_json({"models": [plain(model) for model in found]})
         return
     print_table(
         "",
@@ -66,6 +66,6 @@ async def models(target: Target, json: Json = False) -> None:
                 size(model.format.block_bytes),
                 model.format.fingerprint.hex(),
             )
-            for model in reply.models
+            for model in found
         ],
     )
