@@ -41,6 +41,14 @@ def resolve(target: Target) -> tuple[str, "Security"]:
     return state.public_address, security_of(state.config.security, target.token)
 
 
+def metrics_endpoints(target: Target) -> dict[str, str]:
+    """Member id -> host:port of its metrics, which only its own machine can read: else empty."""
+    if target.address is not None:
+        return {}
+    members = local_state(target.run_dir).members
+    return {member.member_id: member.metrics for member in members if member.metrics}
+
+
 def security_of(files: "SecurityConfig", token: str | None) -> "Security":
     from kvmesh.services.common.security import load_security
 

@@ -212,10 +212,8 @@ class Mesh:
         member_id = process.plan.member_id
         address = "" if member_id == ROUTER else self.mesh_address
         command = self._options.command(member_id, self.run_dir, address)
-        extra = {
-            **self._options.environment,
-            **port_environment(process.addresses, process.metrics),
-        }
+        ports = port_environment(process.addresses, process.metrics)
+        extra = {**self._options.environment, **ports}
         child = await spawn(
             command, child_environment(extra), log, lambda *said: self._told(process, *said)
         )

@@ -2,7 +2,8 @@
 
 The launcher hands down one end of a socket. The member tells its addresses through it, one JSON
 line each: {"metrics": [...]} where it shows its metrics, {"bound": [...]} when it listens,
-{"ready": [...]} when it serves. When the socket closes, the launcher is gone and the member ends; on Linux the kernel sees to that as well.
+{"ready": [...]} when it serves. When the socket closes, the launcher is gone and the member ends;
+on Linux the kernel sees to that as well.
 """
 
 import ctypes

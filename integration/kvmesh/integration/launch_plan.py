@@ -95,8 +95,8 @@ class MemberProcess:
     """The state machine of one process.
 
     crashes: in a row, without a stable time in between. restarts: over its whole life.
-    addresses, metrics: where it listens, and where it shows its metrics; kept over restarts, so that
-    it comes back on its old ports.
+    addresses, metrics: where it listens and where it shows its metrics; kept over restarts, so
+        that it comes back on its old ports.
     """
 
     plan: MemberPlan

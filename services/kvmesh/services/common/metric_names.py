@@ -1,7 +1,7 @@
 """Names of metrics and of their labels: the one table. Prometheus writes '_' for '.'.
 
-gen_ai.* follow the OpenTelemetry GenAI semantic conventions (development status), kvmesh.* are ours,
-and vllm:* are the names of vLLM that routers in front of model servers look for.
+gen_ai.* follow the OpenTelemetry GenAI semantic conventions (development status), kvmesh.* are
+ours, and vllm:* are the names of vLLM that routers in front of model servers look for.
 """
 
 # gen_ai: of each request, recorded by the router when it has ended

@@ -44,7 +44,10 @@ def show_router(meters: Meters, parts: RouterParts) -> None:
                 metric.CACHE_HIT_TOKENS, "{token}", "Of those, found in the cache.",
                 lambda: counts.cached_tokens,
             ),
-            Metric(metric.COST, "{USD}", "Price of finished requests.", lambda: counts.cost_usd),
+            Metric(
+                metric.COST, "{USD}", "Price of finished requests; absent without prices.",
+                lambda: [(counts.cost_usd, {})] if counts.cost_usd else [],
+            ),
             Metric(metric.DEVICE_TIME, "s", "Of finished requests.", lambda: counts.device_s),
         ]
     )  # fmt: skip

@@ -61,8 +61,8 @@ class Planned:
 class Counters:
     """Since the process started. checksum_failures: blocks and tails that did not verify.
 
-    batched: sequences, summed over steps. batch: of the last step alone. prefix_tokens, prefix_hits:
-    prompt tokens of new requests, and those of them that were found in the cache.
+    batched: sequences, summed over steps. batch: of the last step alone.
+    prefix_tokens, prefix_hits: prompt tokens of new requests, and those found in the cache.
     """
 
     preemptions: int = 0
