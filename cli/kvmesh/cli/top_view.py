@@ -9,11 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from kvmesh.cli.render import milliseconds, size
-from kvmesh.integration.top import Latency, MeshView, ShardRow, WorkerRow
+from kvmesh.integration.top import Latency, MeshView, Served, ShardRow, WorkerRow
 
 UNKNOWN = "-"
 LEVELS = " ▁▂▃▄▅▆▇█"
 BAR_CELLS = 12
+NOBODY_SERVED = Served("measured", None, None)
 NARROW = 100  # columns; below, what matters least is left out
 
 
@@ -25,15 +26,15 @@ def render(
     if trouble:
         parts.append(Panel(Text(trouble), title="the mesh does not answer", border_style="red"))
     if view is not None:
-        parts += tables(view, screen.width)
-        parts.insert(-1, _history(speeds, screen.width))
+        head, summary, *rest = tables(view, screen.width)
+        parts += [head, summary, _history(speeds, screen.width), *rest]
     footer = Text("Ctrl-C ends it", style="dim")
     return Group(*parts, footer)
 
 
 def tables(view: MeshView, width: int) -> list[RenderableType]:
     """The parts of one frame, from the top."""
-    parts: list[RenderableType] = [_head(view, width), _summary(view)]
+    parts: list[RenderableType] = [_head(view, width), _summary(view, width)]
     parts += [Text("\nworkers", "bold underline"), _workers(view.workers, width)]
     if view.shards:
         parts += [Text("\nkv cache shards", "bold underline"), _shards(view.shards, width)]
@@ -51,26 +52,22 @@ def _head(view: MeshView, width: int) -> RenderableType:
     return text
 
 
-def _summary(view: MeshView) -> RenderableType:
+def _summary(view: MeshView, width: int) -> RenderableType:
     price = view.usd_per_million_tokens
-    grid = _table(
-        ("", ">req/s", ">tokens/s", ">prefill/s", ">TTFT p50", ">p99", ">TPOT p50", ">p99",
-         ">hit rate", ">$/M tokens"),
-    )  # fmt: skip
-    speeds = (number(view.requests_per_s, 1), number(view.output_tokens_per_s),
-              number(view.prefill_tokens_per_s))  # fmt: skip
-    rest = (percent(view.hit_rate), f"{price:.4g}" if price is not None else UNKNOWN)
-    rows = view.served or (None,)
-    for index, served in enumerate(rows):
-        name = "mesh" if served is None or served.clock == "measured" else f"mesh ({served.clock})"
-        ttft = _latency(served.ttft if served is not None else None)
-        tpot = _latency(served.tpot if served is not None else None)
-        first = index == 0
-        grid.add_row(
-            Text(name, "bold"), *(speeds if first else ("",) * 3), *ttft, *tpot,
-            *(rest if first else ("", "")),
-        )  # fmt: skip
-    return grid
+    prefill = [">prefill/s"] if width >= NARROW else []
+    columns = ["", ">req/s", ">tokens/s", *prefill, ">TTFT p50", ">p99", ">TPOT p50", ">p99"]
+    table = _table([*columns, ">hits", ">$/Mtok"])
+    speeds = [number(view.requests_per_s, 1), number(view.output_tokens_per_s)]
+    speeds += [number(view.prefill_tokens_per_s)] if prefill else []
+    rest = [percent(view.hit_rate), f"{price:.4g}" if price is not None else UNKNOWN]
+    for index, served in enumerate(view.served or (NOBODY_SERVED,)):
+        measured = served.clock == "measured"
+        name = Text("mesh" if measured else served.clock, "bold" if measured else "bold magenta")
+        latencies = (*_latency(served.ttft), *_latency(served.tpot))
+        # What is of the whole mesh stands in the first row only.
+        before, after = (speeds, rest) if index == 0 else ([""] * len(speeds), [""] * len(rest))
+        table.add_row(name, *before, *latencies, *after)
+    return table
 
 
 def _workers(workers: Sequence[WorkerRow], width: int) -> RenderableType:

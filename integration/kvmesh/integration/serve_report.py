@@ -1,5 +1,6 @@
 """What became of a load: latencies, throughput, goodput and cost. Pure."""
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ def tpot_s(result: RequestResult) -> float | None:
 def gaps_s(result: RequestResult) -> list[float]:
     """Seconds between each two responses with tokens."""
     times = [at for at, _ in result.token_s]
-    return [after - before for before, after in zip(times, times[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(times)]
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -132,8 +133,12 @@ def spread(values: Sequence[float]) -> Spread:
     if not values:
         return Spread(None, None, None, None, None, None)
     ordered = sorted(values)
-    ranks = (ordered[percentile_index(len(ordered), share)] for share in (0.5, 0.9, 0.95, 0.99))
-    return Spread(sum(ordered) / len(ordered), *ranks, ordered[-1])
+
+    def at(share: float) -> float:
+        return ordered[percentile_index(len(ordered), share)]
+
+    mean = sum(ordered) / len(ordered)
+    return Spread(mean, at(0.5), at(0.9), at(0.95), at(0.99), ordered[-1])
 
 
 def percentile_index(count: int, share: float) -> int:

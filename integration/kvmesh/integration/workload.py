@@ -91,7 +91,7 @@ def _parse(line: str, where: str) -> TraceRequest:
 
 def _number(record: dict[str, Any], field: str, where: str) -> float:
     value = record.get(field)
-    if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise TraceError(f"{where}: {field} must be a number from 0, is {value!r}")
     return float(value)
 
