@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from kvmesh.cli import bench, evaluate, kv, trace
+from kvmesh.cli import bench, evaluate, grpc_call, kv, trace
 from kvmesh.cli.chat import chat
 from kvmesh.cli.demo import demo
 from kvmesh.cli.doctor import doctor
@@ -45,6 +45,7 @@ for command in (up, down, status, top, generate, chat, route, models, doctor, de
 app.command(hidden=True)(serve)
 app.add_typer(kv.app, name="kv")
 app.add_typer(trace.app, name="trace")
+app.add_typer(grpc_call.app, name="grpc")
 app.add_typer(bench.app, name="bench")
 app.add_typer(evaluate.app, name="eval")
 
