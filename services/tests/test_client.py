@@ -195,7 +195,7 @@ def test_client_closing_a_stream_cancels_the_request(serving):
     with Client(serving(servicer)) as client:
         stream = client.stream(chat("hi"))
         assert next(stream).text == "a"
-        stream.close()  # type: ignore[attr-defined]
+        stream.close()
         assert servicer.cancelled.wait(WAIT_S)
 
 

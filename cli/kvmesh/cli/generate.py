@@ -40,7 +40,7 @@ async def stream(
     from kvmesh.client import Answer
 
     answer = Answer()
-    async with aclosing(client.stream(request)) as responses:  # type: ignore[type-var]
+    async with aclosing(client.stream(request)) as responses:
         async for response in responses:
             answer.add(response)
             if out is not None:

@@ -152,7 +152,9 @@ def _channel(
             yield channel, (*call_metadata(security), *_headers(peer.header or ()))
         except grpc.RpcError as error:
             assert isinstance(error, grpc.Call)  # what the library raises is both
-            raise CommandFailed(f"{error.code().name}: {error.details()}", FAILED) from error
+            raise CommandFailed(
+                f"{error.code().name}: {error.details() or 'no details'}", FAILED
+            ) from error
 
 
 def _credentials(target: Target, peer: Peer) -> tuple[str, "Security"]:

@@ -3,7 +3,7 @@
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from types import TracebackType
 from typing import Self, TypeVar
@@ -39,7 +39,7 @@ class AsyncClient:
 
     async def stream(
         self, request: pb.GenerateRequest, timeout_s: float | None = None
-    ) -> AsyncIterator[pb.GenerateResponse]:
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """The answer as it comes; the last response has finish_reason and usage.
 
         Closing the iterator cancels the request in the whole mesh, so wrap it in
@@ -63,7 +63,7 @@ class AsyncClient:
     async def generate(self, request: pb.GenerateRequest, timeout_s: float | None = None) -> Answer:
         """The whole answer."""
         answer = Answer()
-        async with aclosing(self.stream(request, timeout_s)) as responses:  # type: ignore[type-var]
+        async with aclosing(self.stream(request, timeout_s)) as responses:
             async for response in responses:
                 answer.add(response)
         return answer

@@ -1,6 +1,6 @@
 """Calls any gRPC server by what it says of itself: server reflection, JSON in and out."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import grpc
@@ -77,6 +77,8 @@ class ReflectedServer:
         """A request from plain values. Raises ReflectionError naming the field that is wrong."""
         message = message_factory.GetMessageClass(method.input_type)()
         try:
+            if not isinstance(record, dict):
+                raise TypeError(f"{record!r} is no JSON object")
             return json_format.ParseDict(record, message, descriptor_pool=self._pool)
         except (json_format.ParseError, TypeError) as error:
             reason = " ".join(str(error).split())
@@ -88,7 +90,9 @@ class ReflectedServer:
             message, preserving_proto_field_name=True, descriptor_pool=self._pool
         )
 
-    def call(self, method: MethodDescriptor, requests: Iterable[Message]) -> Iterator[Message]:
+    def call(
+        self, method: MethodDescriptor, requests: Iterable[Message]
+    ) -> Generator[Message, None, None]:
         """The responses as they come. Raises ReflectionError if it takes one request, not more."""
         given = list(requests)
         if not method.client_streaming and len(given) != 1:

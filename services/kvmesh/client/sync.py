@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -46,7 +46,7 @@ class Client:
 
     def stream(
         self, request: pb.GenerateRequest, timeout_s: float | None = None
-    ) -> Iterator[pb.GenerateResponse]:
+    ) -> Generator[pb.GenerateResponse, None, None]:
         """The answer as it comes; the last response has finish_reason and usage.
 
         Closing the iterator, or dropping it, cancels the request in the whole mesh.
