@@ -2,12 +2,11 @@
 
 import socket
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
+from scraping import scraped
 
 from kvmesh.services.common import metric_names
 from kvmesh.services.common.errors import ConfigError
@@ -19,16 +18,6 @@ def meters() -> Iterator[Meters]:
     made = Meters("router", "router")
     yield made
     made.close()
-
-
-def scraped(address: str) -> dict[str, list[tuple[dict[str, str], float]]]:
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as reply:
-        text = reply.read().decode()
-    found: dict[str, list[tuple[dict[str, str], float]]] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            found.setdefault(sample.name, []).append((sample.labels, sample.value))
-    return found
 
 
 def test_metrics_are_read_when_they_are_scraped(meters: Meters):
