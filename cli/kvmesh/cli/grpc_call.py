@@ -130,6 +130,7 @@ def _channel(
     from kvmesh.services.common.client import CHANNEL_OPTIONS, call_metadata
 
     address, security = _credentials(target, peer)
+    metadata = (*call_metadata(security), *_headers(peer.header or ()))
     options: list[tuple[str, Any]] = list(CHANNEL_OPTIONS)
     if peer.authority:
         options.append(("grpc.ssl_target_name_override", peer.authority))
@@ -149,7 +150,7 @@ def _channel(
                 f"nothing answers at {address} ({how}) within {CONNECT_S:.0f} s", NOT_RUNNING
             ) from None
         try:
-            yield channel, (*call_metadata(security), *_headers(peer.header or ()))
+            yield channel, metadata
         except grpc.RpcError as error:
             assert isinstance(error, grpc.Call)  # what the library raises is both
             raise CommandFailed(
