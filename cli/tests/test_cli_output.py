@@ -7,11 +7,12 @@ import pytest
 from typer.testing import CliRunner
 
 from kvmesh.cli.demo import make_questions
-from kvmesh.cli.generate import Answer, stats_line, tokens_per_s
+from kvmesh.cli.generate import record, stats_line, tokens_per_s
 from kvmesh.cli.main import app
 from kvmesh.cli.options import command
 from kvmesh.cli.render import plain, size
 from kvmesh.cli.sampling import Prompt, Sampling, build_request
+from kvmesh.client import Answer
 from kvmesh.v1 import common_pb2, inference_pb2
 
 MS = 1_000_000
@@ -119,9 +120,9 @@ def test_cli_output_answer_adds_up_its_responses():
         "11 tokens (length), TTFT 500.0 ms, 10.0 tokens/s, 64 of 100 prompt tokens cached, "
         "worker-0 -> worker-1, 1 migrations, seed 3, trace t"
     )
-    record = json.loads(json.dumps(answer.record()))
-    assert record["usage"]["cached_tokens"] == 64
-    assert record["finish_reason"] == "length"
+    shown = json.loads(json.dumps(record(answer)))
+    assert shown["usage"]["cached_tokens"] == 64
+    assert shown["finish_reason"] == "length"
 
 
 def test_cli_output_rate_of_a_single_token_is_zero():
@@ -131,8 +132,8 @@ def test_cli_output_rate_of_a_single_token_is_zero():
 def test_cli_output_messages_as_json():
     sampling = common_pb2.SamplingParams(seed=2**63, stop=["x"])
     sampling.logit_bias[5] = 1.5
-    record = plain(sampling)
-    assert (record["seed"], record["stop"], record["logit_bias"]) == (2**63, ["x"], {5: 1.5})
+    shown = plain(sampling)
+    assert (shown["seed"], shown["stop"], shown["logit_bias"]) == (2**63, ["x"], {5: 1.5})
     model = inference_pb2.ModelInfo(format=common_pb2.BlockFormat(fingerprint=b"\x01\xff"))
     assert plain(model)["format"]["fingerprint"] == "01ff"
     response = inference_pb2.GenerateResponse(finish_reason=common_pb2.FINISH_REASON_STOP)

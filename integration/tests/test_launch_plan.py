@@ -7,11 +7,12 @@ from kvmesh.integration.launch_plan import (
     MemberProcess,
     Phase,
     RestartPolicy,
+    metrics_port,
     plan_members,
     port_environment,
     stop_order,
 )
-from kvmesh.services.common.config import KvCacheConfig, MeshConfig, WorkerConfig
+from kvmesh.services.common.config import KvCacheConfig, MeshConfig, TelemetryConfig, WorkerConfig
 
 PLAN = MemberPlan("worker-0", "worker", "both")
 
@@ -107,3 +108,15 @@ def test_launch_plan_ports_of_a_restart():
         "KVMESH_PORT": "50051",
         "KVMESH_MESH_PORT": "4001",
     }
+
+
+def test_launch_plan_metrics_ports_count_on_from_the_routers():
+    config = MeshConfig(telemetry=TelemetryConfig(metrics_port=9464))
+    ports = [metrics_port(config, plan.member_id) for plan in plan_members(config)]
+    assert ports == list(range(9464, 9464 + len(ports)))
+    assert metrics_port(MeshConfig(), "worker-1") == 0
+
+
+def test_launch_plan_a_restarted_member_gets_its_metrics_port_back():
+    environment = port_environment(("127.0.0.1:1",), "127.0.0.1:9470")
+    assert environment == {"KVMESH_PORT": "1", "KVMESH_METRICS_PORT": "9470"}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvmesh.cli.bench_codec import codec
+from kvmesh.cli.bench_serve import serve
 from kvmesh.cli.options import ConfigFile, Json, command
 from kvmesh.cli.progress import progress_bar
 from kvmesh.cli.render import console, milliseconds, print_json, print_table
@@ -14,7 +15,7 @@ from kvmesh.cli.render import console, milliseconds, print_json, print_table
 if TYPE_CHECKING:
     from kvmesh.integration.bench_mesh import BenchRow
 
-app = typer.Typer(no_args_is_help=True, help="Measure the mesh and its codec.")
+app = typer.Typer(no_args_is_help=True, help="Measure the mesh and its codec, or put load on one.")
 
 Concurrency = Annotated[str, typer.Option(help="Requests in flight, comma-separated.")]
 PromptTokens = Annotated[int, typer.Option(min=1, help="Length of each prompt.")]
@@ -104,3 +105,4 @@ def _table(rows: "list[BenchRow]") -> None:
 
 app.command()(mesh)
 app.command()(codec)
+app.command()(serve)

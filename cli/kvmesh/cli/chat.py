@@ -13,7 +13,7 @@ from kvmesh.cli.render import console
 from kvmesh.cli.sampling import Sampling
 
 if TYPE_CHECKING:
-    from kvmesh.services.router.client import InferenceClient
+    from kvmesh.client import AsyncClient
     from kvmesh.v1 import inference_pb2
 
 System = Annotated[str | None, typer.Option(help="A system message before the conversation.")]
@@ -51,7 +51,7 @@ async def chat(
 
 
 async def _turn(
-    client: "InferenceClient", request: "inference_pb2.GenerateRequest"
+    client: "AsyncClient", request: "inference_pb2.GenerateRequest"
 ) -> list["inference_pb2.ChatMessage"]:
     """Streams the answer; the message to remember it by. Ctrl-C ends the answer only."""
     import asyncio

@@ -10,11 +10,10 @@ from kvmesh.cli.errors import NOT_RUNNING, CommandFailed, not_running
 from kvmesh.cli.options import Target
 
 if TYPE_CHECKING:
+    from kvmesh.client import AsyncClient
     from kvmesh.integration.launch_state import MeshState
-    from kvmesh.services.common.client import Link
     from kvmesh.services.common.config import SecurityConfig
     from kvmesh.services.common.security import Security
-    from kvmesh.services.router.client import InferenceClient
 
 CONNECT_S = 3.0
 
@@ -42,6 +41,14 @@ def resolve(target: Target) -> tuple[str, "Security"]:
     return state.public_address, security_of(state.config.security, target.token)
 
 
+def metrics_endpoints(target: Target) -> dict[str, str]:
+    """Member id -> host:port of its metrics, which only its own machine can read: else empty."""
+    if target.address is not None:
+        return {}
+    members = local_state(target.run_dir).members
+    return {member.member_id: member.metrics for member in members if member.metrics}
+
+
 def security_of(files: "SecurityConfig", token: str | None) -> "Security":
     from kvmesh.services.common.security import load_security
 
@@ -50,16 +57,14 @@ def security_of(files: "SecurityConfig", token: str | None) -> "Security":
 
 
 @asynccontextmanager
-async def open_link(target: Target) -> AsyncIterator["Link"]:
-    """A channel that is known to reach the mesh. Raises CommandFailed (3) if nothing answers."""
-    import asyncio
-
-    from kvmesh.services.common.client import Link
+async def open_client(target: Target) -> AsyncIterator["AsyncClient"]:
+    """A client that is known to reach the mesh. Raises CommandFailed (3) if nothing answers."""
+    from kvmesh.client import AsyncClient
 
     address, security = resolve(target)
-    async with Link(address, security) as link:
+    async with AsyncClient(address, security) as client:
         try:
-            await asyncio.wait_for(link.channel.channel_ready(), CONNECT_S)
+            await client.wait_connected(CONNECT_S)
         except TimeoutError:
             how = "with TLS" if security.ca else "without TLS"
             raise CommandFailed(
@@ -67,12 +72,4 @@ async def open_link(target: Target) -> AsyncIterator["Link"]:
                 "check the address and the [security] of --config",
                 NOT_RUNNING,
             ) from None
-        yield link
-
-
-@asynccontextmanager
-async def open_client(target: Target) -> AsyncIterator["InferenceClient"]:
-    from kvmesh.services.router.client import InferenceClient
-
-    async with open_link(target) as link:
-        yield InferenceClient(link)
+        yield client

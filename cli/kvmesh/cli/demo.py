@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvmesh.cli.errors import FAILED
-from kvmesh.cli.generate import Answer, stream, tokens_per_s
+from kvmesh.cli.generate import stream, tokens_per_s
 from kvmesh.cli.options import Json, command
 from kvmesh.cli.render import console, milliseconds, print_json, print_table
 from kvmesh.cli.trace import print_waterfall
 from kvmesh.cli.up import show_progress
 
 if TYPE_CHECKING:
+    from kvmesh.client import Answer, AsyncClient
     from kvmesh.integration.traces import Row
-    from kvmesh.services.router.client import InferenceClient
     from kvmesh.v1 import inference_pb2
 
 NUM_FACTS = 4
@@ -86,15 +86,13 @@ async def demo(tokens: Tokens = 1024, seed: Seed = DEMO_SEED, json: Json = False
 async def _in_mesh(
     config: Any, run_dir: Path, questions: list[Question], quiet: bool
 ) -> list[Turn]:
+    from kvmesh.client import AsyncClient
     from kvmesh.integration.launch import running_mesh
-    from kvmesh.services.common.client import Link
-    from kvmesh.services.router.client import InferenceClient
 
     async with running_mesh(config, run_dir) as mesh:
         async with show_progress(mesh):
             await mesh.wait_ready(READY_S)
-        async with Link(mesh.public_address, mesh.security) as link:
-            client = InferenceClient(link)
+        async with AsyncClient(mesh.public_address, mesh.security) as client:
             if not quiet:
                 console().print(
                     f"[bold]{len(mesh.pids)} processes[/bold] serve "
@@ -103,7 +101,7 @@ async def _in_mesh(
             return [await _ask(client, question, quiet) for question in questions]
 
 
-async def _ask(client: "InferenceClient", question: Question, quiet: bool) -> Turn:
+async def _ask(client: "AsyncClient", question: Question, quiet: bool) -> Turn:
     if not quiet:
         console().print(f"[bold]{question.question}[/bold]")
     answer = await stream(client, _request(question.prompt), None if quiet else sys.stdout)
@@ -123,7 +121,7 @@ def _request(prompt: str) -> "inference_pb2.GenerateRequest":
     return request
 
 
-def _turn(question: Question, answer: Answer) -> Turn:
+def _turn(question: Question, answer: "Answer") -> Turn:
     usage = answer.usage
     return Turn(
         question=question.question,

@@ -1,7 +1,6 @@
 """`kvmesh generate`: one request, its text as it comes, and what it cost."""
 
 import sys
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
@@ -12,58 +11,41 @@ from kvmesh.cli.render import console, milliseconds, plain, print_json
 from kvmesh.cli.sampling import Prompt, Sampling, build_request, read_prompt
 
 if TYPE_CHECKING:
-    from kvmesh.services.router.client import InferenceClient
+    from kvmesh.client import Answer, AsyncClient
     from kvmesh.v1 import inference_pb2
 
 Text = Annotated[str | None, typer.Argument(metavar="[PROMPT]", help="'-' or nothing: read stdin.")]
 
 
-@dataclass
-class Answer:
-    """A request's responses, added up. finish_reason: stop, length ..."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str = ""
-    request_id: str = ""
-    trace_id: str = ""
-    usage: "inference_pb2.Usage | None" = None
-
-    def add(self, response: "inference_pb2.GenerateResponse") -> None:
-        from kvmesh.v1 import common_pb2
-
-        self.text += response.text
-        self.token_ids += response.token_ids
-        self.request_id = response.request_id or self.request_id
-        self.trace_id = response.trace_id or self.trace_id
-        if response.finish_reason:
-            name = common_pb2.FinishReason.Name(response.finish_reason)
-            self.finish_reason = name.removeprefix("FINISH_REASON_").lower()
-            self.usage = response.usage
-
-    def record(self) -> dict[str, Any]:
-        return {
-            "text": self.text,
-            "token_ids": self.token_ids,
-            "finish_reason": self.finish_reason,
-            "request_id": self.request_id,
-            "trace_id": self.trace_id,
-            "usage": plain(self.usage) if self.usage is not None else None,
-        }
+def record(answer: "Answer") -> dict[str, Any]:
+    """An answer as one JSON document."""
+    return {
+        "text": answer.text,
+        "token_ids": answer.token_ids,
+        "finish_reason": answer.finish_reason,
+        "request_id": answer.request_id,
+        "trace_id": answer.trace_id,
+        "usage": plain(answer.usage) if answer.usage is not None else None,
+    }
 
 
 async def stream(
-    client: "InferenceClient",
+    client: "AsyncClient",
     request: "inference_pb2.GenerateRequest",
     out: TextIO | None = None,
-) -> Answer:
+) -> "Answer":
     """Runs a request to its end; its text goes to `out` as it comes."""
+    from contextlib import aclosing
+
+    from kvmesh.client import Answer
+
     answer = Answer()
-    async for response in client.generate(request):
-        answer.add(response)
-        if out is not None:
-            out.write(response.text)
-            out.flush()
+    async with aclosing(client.stream(request)) as responses:
+        async for response in responses:
+            answer.add(response)
+            if out is not None:
+                out.write(response.text)
+                out.flush()
     return answer
 
 
@@ -73,7 +55,7 @@ def tokens_per_s(usage: "inference_pb2.Usage") -> float:
     return (usage.completion_tokens - 1) / seconds if seconds > 0 else 0.0
 
 
-def stats_line(answer: Answer) -> str:
+def stats_line(answer: "Answer") -> str:
     usage = answer.usage
     if usage is None:
         return f"no end was reported; trace {answer.trace_id}"
@@ -104,7 +86,7 @@ async def generate(
     async with open_client(target) as client:
         answer = await stream(client, request, None if json else sys.stdout)
     if json:
-        print_json(answer.record())
+        print_json(record(answer))
         return
     sys.stdout.write("\n")
     console(stderr=True).print(stats_line(answer), style="dim", markup=False, soft_wrap=True)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from kvmesh.cli import bench, evaluate, kv, model, trace
+from kvmesh.cli import bench, evaluate, grpc_call, kv, model, trace
 from kvmesh.cli.chat import chat
 from kvmesh.cli.demo import demo
 from kvmesh.cli.doctor import doctor
@@ -12,6 +12,7 @@ from kvmesh.cli.generate import generate
 from kvmesh.cli.route import route
 from kvmesh.cli.serve import serve
 from kvmesh.cli.status import models, status
+from kvmesh.cli.top import top
 from kvmesh.cli.up import down, up
 
 app = typer.Typer(
@@ -39,11 +40,12 @@ def _options(
     pass
 
 
-for command in (up, down, status, generate, chat, route, models, doctor, demo):
+for command in (up, down, status, top, generate, chat, route, models, doctor, demo):
     app.command()(command)
 app.command(hidden=True)(serve)
 app.add_typer(kv.app, name="kv")
 app.add_typer(trace.app, name="trace")
+app.add_typer(grpc_call.app, name="grpc")
 app.add_typer(bench.app, name="bench")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(model.app, name="model")

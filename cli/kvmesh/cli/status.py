@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from kvmesh.cli.connect import open_client
+from kvmesh.cli.connect import metrics_endpoints, open_client
 from kvmesh.cli.options import Json, Target, command
 from kvmesh.cli.render import console, plain, print_json, print_table, size
 
@@ -15,12 +15,16 @@ async def status(target: Target, json: Json = False) -> None:
     """Show the members with their leases, requests and blocks."""
     async with open_client(target) as client:
         reply = await client.status()
+    metrics = metrics_endpoints(target)
     if json:
-        print_json(plain(reply))
+        shown = plain(reply)
+        for member in shown["members"]:
+            member["metrics"] = metrics.get(member["member_id"], "")
+        print_json(shown)
         return
     columns: tuple[str, ...] = ("member", "kind", "role", "state", "address", "device", ">lease")
-    columns += (">running", ">waiting", ">blocks free", ">indexed")
-    print_table("", columns, [_row(member) for member in reply.members])
+    columns += (">running", ">waiting", ">blocks free", ">indexed", "metrics")
+    print_table("", columns, [(*_row(m), metrics.get(m.member_id, "")) for m in reply.members])
     console().print(
         f"\nup {reply.uptime_s:.0f} s, {reply.requests_active} requests run, "
         f"{reply.requests_total} in all, {reply.migrations_total} migrations, "
@@ -49,9 +53,9 @@ def _row(member: "inference_pb2.MemberStatus") -> tuple[object, ...]:
 async def models(target: Target, json: Json = False) -> None:
     """List the models that the mesh serves."""
     async with open_client(target) as client:
-        reply = await client.list_models()
+        found = await client.models()
     if json:
-        print_json(plain(reply))
+        print_json({"models": [plain(model) for model in found]})
         return
     print_table(
         "",
@@ -66,6 +70,6 @@ async def models(target: Target, json: Json = False) -> None:
                 size(model.format.block_bytes),
                 model.format.fingerprint.hex(),
             )
-            for model in reply.models
+            for model in found
         ],
     )

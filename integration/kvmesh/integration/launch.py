@@ -212,7 +212,8 @@ class Mesh:
         member_id = process.plan.member_id
         address = "" if member_id == ROUTER else self.mesh_address
         command = self._options.command(member_id, self.run_dir, address)
-        extra = {**self._options.environment, **port_environment(process.addresses)}
+        ports = port_environment(process.addresses, process.metrics)
+        extra = {**self._options.environment, **ports}
         child = await spawn(
             command, child_environment(extra), log, lambda *said: self._told(process, *said)
         )
@@ -233,6 +234,8 @@ class Mesh:
     def _told(self, process: MemberProcess, word: str, addresses: tuple[str, ...]) -> None:
         if word == "ready":
             process.became_ready(addresses, time.monotonic())
+        elif word == "metrics":
+            (process.metrics,) = addresses
         else:
             process.bound(addresses)
         self._note()
@@ -301,4 +304,5 @@ def _member_state(process: MemberProcess) -> MemberState:
         pid=process.pid,
         addresses=process.addresses,
         restarts=process.restarts,
+        metrics=process.metrics,
     )

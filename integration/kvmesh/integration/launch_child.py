@@ -70,7 +70,7 @@ async def spawn(
 ) -> Child:
     """Starts `command` with `--launcher-fd N --launcher-pid P` appended.
 
-    tell: called with ("bound" | "ready", addresses) when the child says so.
+    tell: called with ("metrics" | "bound" | "ready", addresses) when the child says so.
     """
     ours, theirs = socket.socketpair()
     try:

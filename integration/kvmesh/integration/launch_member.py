@@ -1,8 +1,9 @@
 """One member's own process: what `kvmesh serve` runs, and how it hangs on its launcher.
 
 The launcher hands down one end of a socket. The member tells its addresses through it, one JSON
-line each: {"bound": [...]} when it listens, {"ready": [...]} when it serves. When the socket
-closes, the launcher is gone and the member ends; on Linux the kernel sees to that as well.
+line each: {"metrics": [...]} where it shows its metrics, {"bound": [...]} when it listens,
+{"ready": [...]} when it serves. When the socket closes, the launcher is gone and the member ends;
+on Linux the kernel sees to that as well.
 """
 
 import ctypes
@@ -20,10 +21,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from kvmesh.integration.launch_plan import metrics_port
 from kvmesh.integration.launch_state import spans_dir
 from kvmesh.services.common.config import MeshConfig
 from kvmesh.services.common.errors import ConfigError
-from kvmesh.services.common.process import ProcessContext
+from kvmesh.services.common.metrics import Meters
+from kvmesh.services.common.process import METRICS_PORT_VARIABLE, ProcessContext, listen_port
 from kvmesh.services.common.security import load_security
 from kvmesh.services.common.server import Service, serve
 from kvmesh.services.common.telemetry import Telemetry
@@ -104,8 +107,14 @@ def run_member(job: MemberJob, tie: LauncherTie) -> None:
     security = load_security(files.cert, files.key, files.ca, files.token_file)
     spans = spans_dir(job.run_dir) if job.run_dir is not None else None
     telemetry = Telemetry(job.kind, job.member_id, spans)
+    meters = Meters(job.kind, job.member_id)
     try:
-        context = ProcessContext(job.config, job.member_id, job.mesh_address, security, telemetry)
+        context = ProcessContext(
+            job.config, job.member_id, job.mesh_address, security, telemetry, meters=meters
+        )
+        if job.config.telemetry.metrics:
+            port = listen_port(metrics_port(job.config, job.member_id), METRICS_PORT_VARIABLE)
+            tie.tell("metrics", (meters.serve(port),))
         service = create_service(context, job.kind)
         _run(
             serve(
@@ -116,6 +125,7 @@ def run_member(job: MemberJob, tie: LauncherTie) -> None:
             )
         )
     finally:
+        meters.close()
         telemetry.close()
 
 

@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from kvmesh.services.common.config import MeshConfig
-from kvmesh.services.common.process import MESH_PORT_VARIABLE, PORT_VARIABLE
+from kvmesh.services.common.process import (
+    MESH_PORT_VARIABLE,
+    METRICS_PORT_VARIABLE,
+    PORT_VARIABLE,
+)
 
 ROUTER = "router"
 TOKENIZER = "tokenizer"
-PORT_VARIABLES = (PORT_VARIABLE, MESH_PORT_VARIABLE)
+PORT_VARIABLES = (PORT_VARIABLE, MESH_PORT_VARIABLE, METRICS_PORT_VARIABLE)
 CONFIG_EXIT = 2  # a process that ends with this has a configuration that cannot work
 
 
@@ -46,6 +50,14 @@ def plan_members(config: MeshConfig) -> tuple[MemberPlan, ...]:
         *shards,
         *workers,
     )
+
+
+def metrics_port(config: MeshConfig, member_id: str) -> int:
+    """Where this member shows its metrics: 0, any free port, or counted on from the router's."""
+    first = config.telemetry.metrics_port
+    if not first:
+        return 0
+    return first + [plan.member_id for plan in plan_members(config)].index(member_id)
 
 
 def stop_order(members: tuple[MemberPlan, ...]) -> tuple[tuple[str, ...], ...]:
@@ -83,7 +95,8 @@ class MemberProcess:
     """The state machine of one process.
 
     crashes: in a row, without a stable time in between. restarts: over its whole life.
-    addresses: kept over restarts, so that it comes back on its old ports.
+    addresses, metrics: where it listens and where it shows its metrics; kept over restarts, so
+        that it comes back on its old ports.
     """
 
     plan: MemberPlan
@@ -91,6 +104,7 @@ class MemberProcess:
     phase: Phase = Phase.WAITING
     pid: int | None = None
     addresses: tuple[str, ...] = ()
+    metrics: str = ""
     crashes: int = 0
     restarts: int = 0
     ready_at: float | None = None
@@ -139,7 +153,10 @@ def describe_exit(exit_code: int) -> str:
     return f"was killed by signal {-exit_code}" if exit_code < 0 else f"exited with {exit_code}"
 
 
-def port_environment(addresses: tuple[str, ...]) -> dict[str, str]:
+def port_environment(addresses: tuple[str, ...], metrics: str = "") -> dict[str, str]:
     """Variables that bring a process back on the ports it had; empty for its first start."""
     ports = (address.rpartition(":")[2] for address in addresses)
-    return dict(zip(PORT_VARIABLES, ports, strict=False))
+    listeners = dict(zip((PORT_VARIABLE, MESH_PORT_VARIABLE), ports, strict=False))
+    if metrics:
+        listeners[METRICS_PORT_VARIABLE] = metrics.rpartition(":")[2]
+    return listeners

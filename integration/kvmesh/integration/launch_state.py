@@ -23,7 +23,10 @@ RUN_DIR_VARIABLE = "KVMESH_RUN_DIR"
 
 @dataclass(frozen=True, slots=True)
 class MemberState:
-    """One process as the launcher last saw it; phase is a launch_plan.Phase."""
+    """One process as the launcher last saw it; phase is a launch_plan.Phase.
+
+    metrics: host:port of its Prometheus endpoint; empty if it has none.
+    """
 
     member_id: str
     kind: str
@@ -32,6 +35,7 @@ class MemberState:
     pid: int | None
     addresses: tuple[str, ...]
     restarts: int
+    metrics: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,11 @@ class Deadlines:
     status_s: float = 3.0
 
 
+def call_metadata(security: Security) -> tuple[tuple[str, str], ...]:
+    """Metadata for one call: the bearer token and the current trace context."""
+    return (*security.call_metadata(), *inject())
+
+
 class Link:
     """An open channel to `address`. Close it, or use it as an async context manager."""
 
@@ -57,7 +62,7 @@ class Link:
 
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """Metadata for one call: the bearer token and the current trace context."""
-        return (*self._security.call_metadata(), *inject())
+        return call_metadata(self._security)
 
     async def close(self) -> None:
         await self.channel.close()

@@ -86,6 +86,8 @@ class WorkerConfig(Section):
 
 class TelemetryConfig(Section):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    metrics: bool = True  # a Prometheus endpoint on loopback for each process
+    metrics_port: Port = 0  # of the router; the other members, in order, have the next ones
 
 
 class MeshConfig(Section):

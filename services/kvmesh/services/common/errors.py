@@ -91,7 +91,7 @@ def from_status(code: int, message: str, retry_after_ms: int = 0) -> MeshError:
     return _BY_CODE.get(code, MeshError)(message)
 
 
-def from_rpc(error: grpc.aio.AioRpcError, peer: str) -> MeshError:
+def from_rpc(error: grpc.aio.AioRpcError | grpc.Call, peer: str) -> MeshError:
     """The mesh error behind a failed call to `peer`."""
     code: int = error.code().value[0]
     retry_ms = 0

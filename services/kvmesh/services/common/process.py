@@ -6,11 +6,13 @@ from dataclasses import dataclass, field
 
 from kvmesh.services.common.config import MeshConfig
 from kvmesh.services.common.errors import ConfigError
+from kvmesh.services.common.metrics import Meters
 from kvmesh.services.common.security import Security
 from kvmesh.services.common.telemetry import Telemetry
 
 PORT_VARIABLE = "KVMESH_PORT"
 MESH_PORT_VARIABLE = "KVMESH_MESH_PORT"  # the router's second listener
+METRICS_PORT_VARIABLE = "KVMESH_METRICS_PORT"
 
 
 def listen_port(configured: int, variable: str = PORT_VARIABLE) -> int:
@@ -46,3 +48,4 @@ class ProcessContext:
     security: Security
     telemetry: Telemetry
     incarnation: int = field(default_factory=new_incarnation)
+    meters: Meters = field(default_factory=Meters)

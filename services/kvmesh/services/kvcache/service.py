@@ -12,6 +12,7 @@ from kvmesh.services.common.process import ProcessContext, listen_port
 from kvmesh.services.common.server import Listener
 from kvmesh.services.kvcache.client import KvCacheClient
 from kvmesh.services.kvcache.feed import EventFeed
+from kvmesh.services.kvcache.metrics import show_shard
 from kvmesh.services.kvcache.servicer import Identity, KvCacheServicer
 from kvmesh.services.kvcache.store import BlockStore
 from kvmesh.v1 import kvcache_pb2_grpc, mesh_pb2
@@ -39,6 +40,7 @@ class KvCacheService:
             context.telemetry,
             time.monotonic,
         )
+        show_shard(context.meters, store.stats, self._servicer.counts)
         self._lease: MembershipLease | None = None
 
     @property

@@ -50,6 +50,15 @@ class Identity:
     faults: bool = False
 
 
+@dataclass(slots=True)
+class ShardCounts:
+    """Since the process started; bytes are those of blocks."""
+
+    checksum_failures: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+
+
 class KvCacheServicer(kvcache_pb2_grpc.KvCacheServicer):
     """Translates between the wire and the store.
 
@@ -69,7 +78,7 @@ class KvCacheServicer(kvcache_pb2_grpc.KvCacheServicer):
         self._feed = feed
         self._telemetry = telemetry
         self._clock = clock
-        self._checksum_failures = 0
+        self.counts = ShardCounts()
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -99,6 +108,7 @@ class KvCacheServicer(kvcache_pb2_grpc.KvCacheServicer):
                     await self._put_one(request, now, reply)
             finally:
                 self._feed.flush()
+                self.counts.bytes_in += total
                 span.set_attributes(
                     {names.BLOCKS: count, names.BYTES: total, names.CORRUPT: reply.refused}
                 )
@@ -118,6 +128,7 @@ class KvCacheServicer(kvcache_pb2_grpc.KvCacheServicer):
             finally:
                 self._store.release(request.lease_id)
                 self._feed.flush()
+                self.counts.bytes_out += sent
                 span.set_attributes(
                     {
                         names.BLOCKS: len(request.keys),
@@ -143,7 +154,7 @@ class KvCacheServicer(kvcache_pb2_grpc.KvCacheServicer):
             misses=stats.misses,
             puts=stats.puts,
             evictions=stats.evictions,
-            checksum_failures=self._checksum_failures,
+            checksum_failures=self.counts.checksum_failures,
             leases=stats.leases,
             leased_blocks=stats.leased_blocks,
         )
@@ -178,7 +189,7 @@ class KvCacheServicer(kvcache_pb2_grpc.KvCacheServicer):
         try:
             await _verify(request.data)
         except BlockError as error:
-            self._checksum_failures += isinstance(error, ChecksumMismatch)
+            self.counts.checksum_failures += isinstance(error, ChecksumMismatch)
             reply.refused += 1
             reason = _mesh_error(request.key, error)
             reply.errors.add(code=status_number(reason), message=str(reason))
@@ -198,7 +209,7 @@ class KvCacheServicer(kvcache_pb2_grpc.KvCacheServicer):
         try:
             await _verify(data)
         except BlockError as error:
-            self._checksum_failures += 1
+            self.counts.checksum_failures += 1
             logger.error("dropped: %s", _mesh_error(key, error))
             # While the checksum ran elsewhere, another call may have replaced the block.
             if self._store.peek(key) is data:

@@ -1,4 +1,4 @@
-"""Calls the mesh's public service."""
+"""Calls the mesh's public service, each call once; kvmesh.client tries again on top of it."""
 
 from collections.abc import AsyncIterator
 
@@ -34,37 +34,43 @@ class InferenceClient:
         finally:
             call.cancel()
 
-    async def route(self, request: pb.GenerateRequest) -> pb.RouteResponse:
+    async def route(
+        self, request: pb.GenerateRequest, timeout_s: float | None = None
+    ) -> pb.RouteResponse:
         """Where the request would run, and why, without running it."""
         try:
             reply: pb.RouteResponse = await self._stub.Route(
                 pb.RouteRequest(request=request),
-                timeout=self._deadlines.encode_s,
+                timeout=_least(timeout_s, self._deadlines.encode_s),
                 metadata=self._link.metadata(),
             )
             return reply
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error, self._link.address) from error
 
-    async def list_models(self) -> pb.ListModelsResponse:
+    async def list_models(self, timeout_s: float | None = None) -> pb.ListModelsResponse:
         try:
             reply: pb.ListModelsResponse = await self._stub.ListModels(
                 pb.ListModelsRequest(),
-                timeout=self._deadlines.status_s,
+                timeout=_least(timeout_s, self._deadlines.status_s),
                 metadata=self._link.metadata(),
             )
             return reply
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error, self._link.address) from error
 
-    async def status(self) -> pb.MeshStatusResponse:
+    async def status(self, timeout_s: float | None = None) -> pb.MeshStatusResponse:
         """The members of the mesh with their load."""
         try:
             reply: pb.MeshStatusResponse = await self._stub.MeshStatus(
                 pb.MeshStatusRequest(),
-                timeout=self._deadlines.status_s,
+                timeout=_least(timeout_s, self._deadlines.status_s),
                 metadata=self._link.metadata(),
             )
             return reply
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error, self._link.address) from error
+
+
+def _least(timeout_s: float | None, limit_s: float) -> float:
+    return limit_s if timeout_s is None else min(timeout_s, limit_s)

@@ -21,6 +21,7 @@ from kvmesh.services.router.cost import Candidate
 from kvmesh.services.router.leg import Leg, LegEnd, error_of
 from kvmesh.services.router.parts import RouterParts, prepare_request
 from kvmesh.services.router.prepare import Prepared
+from kvmesh.services.router.request_metrics import RequestEnd
 from kvmesh.services.router.request_spans import RequestSpans
 from kvmesh.services.router.tokens import Speech, Text
 from kvmesh.v1 import common_pb2, inference_pb2, worker_pb2
@@ -56,6 +57,7 @@ class Generation:
         self._reported = 0  # output tokens that the caller has been told of
         self._responses = 0
         self._excluded: frozenset[str] = frozenset()
+        self._model = ""
 
     async def run(self) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """Ends after one response with finish_reason, or raises a MeshError; never both."""
@@ -65,6 +67,7 @@ class Generation:
             self._deadline - self._arrived, self._inbox.put_nowait, self._expired()
         )
         finished = False
+        failure = "Cancelled"
         try:
             if parts.draining:
                 raise Unavailable("this router drains; send the request elsewhere")
@@ -77,10 +80,12 @@ class Generation:
                     yield response
         except MeshError as error:
             self._spans.failed(error)
+            failure = type(error).__name__
             raise
         finally:
             timer.cancel()
             parts.admission.leave(ticket, parts.clock(), finished)
+            parts.metrics.ended(self._end("" if finished else failure))
             self._release()
             self._spans.end(self._usage, self._finish)
             if parts.draining and not parts.admission.active:
@@ -120,6 +125,7 @@ class Generation:
             prepared = await prepare_request(self._parts, self._request, self._left_s())
             span.set_attribute("kvmesh.tokens", len(prepared.prompt))
         self._spans.prepared(prepared)
+        self._model = prepared.model.name
         return prepared
 
     def _begin(self, prepared: Prepared) -> None:
@@ -243,6 +249,7 @@ class Generation:
             if decision.chosen is not None:
                 self._parts.core.expect(query, decision.chosen, now)
             self._spans.decided(span, decision)
+        self._parts.metrics.decided(decision)
         return decision
 
     def _start(self, prepared: Prepared, chosen: Candidate) -> None:
@@ -288,6 +295,17 @@ class Generation:
         if not self._output:
             self._usage.ttft_s = self._parts.clock() - self._arrived
             self._usage.cached_tokens = update.cached_tokens
+
+    def _end(self, error: str) -> RequestEnd:
+        worker = self._parts.core.workers.get(self._usage.decode_worker)
+        return RequestEnd(
+            operation="chat" if self._request.HasField("chat") else "text_completion",
+            model=self._model,
+            simulated=worker is not None and worker.member.simulated,
+            usage=self._usage,
+            duration_s=self._parts.clock() - self._arrived,
+            error=error,
+        )
 
     def _left_s(self) -> float:
         return max(0.001, self._deadline - self._parts.clock())

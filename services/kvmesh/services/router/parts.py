@@ -12,6 +12,7 @@ from kvmesh.services.router.admission import Admission
 from kvmesh.services.router.core import RouterCore
 from kvmesh.services.router.fleet import Fleet
 from kvmesh.services.router.prepare import Prepared, check_request, prepare, text_prompt
+from kvmesh.services.router.request_metrics import RequestMetrics
 from kvmesh.v1 import inference_pb2
 
 
@@ -24,6 +25,7 @@ class RouterParts:
     admission: Admission
     fleet: Fleet
     telemetry: Telemetry
+    metrics: RequestMetrics
     clock: Callable[[], float] = time.monotonic
     draining: bool = False
     migrations: int = 0

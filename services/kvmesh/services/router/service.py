@@ -13,7 +13,9 @@ from kvmesh.services.router.admission import Admission
 from kvmesh.services.router.core import RouterCore
 from kvmesh.services.router.fleet import Fleet
 from kvmesh.services.router.membership import Membership
+from kvmesh.services.router.metrics import show_router
 from kvmesh.services.router.parts import RouterParts
+from kvmesh.services.router.request_metrics import RequestMetrics
 from kvmesh.services.router.servicer import InferenceServicer, MeshServicer, OwnEntry
 from kvmesh.v1 import inference_pb2_grpc, mesh_pb2_grpc
 
@@ -32,7 +34,9 @@ class RouterService:
             admission=Admission(config.max_active, config.max_waiting_s),
             fleet=self._fleet,
             telemetry=context.telemetry,
+            metrics=RequestMetrics(context.meters),
         )
+        show_router(context.meters, self.parts)
         own = OwnEntry(context.member_id, "", context.incarnation, time.monotonic())
         self._inference = InferenceServicer(self.parts, own)
         self._expiry: asyncio.Task[None] | None = None

@@ -16,6 +16,7 @@ from kvmesh.services.common.process import ProcessContext, listen_port
 from kvmesh.services.common.server import Listener
 from kvmesh.services.tokenizer.client import TokenizerClient
 from kvmesh.services.tokenizer.core import CodecLimits, load_codec
+from kvmesh.services.tokenizer.metrics import show_tokenizer
 from kvmesh.services.tokenizer.servicer import TokenizerServicer
 from kvmesh.v1 import inference_pb2, mesh_pb2, tokenizer_pb2_grpc
 
@@ -35,6 +36,7 @@ class TokenizerService:
         )
         self._executor = ThreadPoolExecutor(config.tokenizer.threads, "tokenizer")
         self._servicer = TokenizerServicer(self._codec, self._executor, context.telemetry)
+        show_tokenizer(context.meters, self._servicer)
         self._lease: MembershipLease | None = None
 
     @property

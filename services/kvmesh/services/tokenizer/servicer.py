@@ -97,13 +97,15 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServicer):
         self._telemetry = telemetry
         self._sessions: set[DetokenizeSession] = set()
         self._encoding = 0
+        self.prompts_encoded = 0
+        self.tokens_encoded = 0
         self._draining = False
         self._changed = asyncio.Event()
 
     @property
     def num_open(self) -> int:
         """Requests whose text is being streamed, and encodes that run."""
-        return self._encoding + sum(session.num_open for session in self._sessions)
+        return self._encoding + sum(session.num_open for session in list(self._sessions))
 
     async def drain(self) -> None:
         """Refuses new prompts; returns when no request is open any more."""
@@ -126,6 +128,8 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServicer):
                 request.ByteSize() <= INLINE_BYTES, partial(_encode, self._codec, request)
             )
             span.set_attribute(names.TOKENS, len(encoded.ids))
+            self.prompts_encoded += 1
+            self.tokens_encoded += len(encoded.ids)
             return pb.EncodeResponse(token_ids=encoded.ids, cached_chars=encoded.cached_chars)
         except MeshError as error:
             span.set_status(Status(StatusCode.ERROR, str(error)))

@@ -17,7 +17,7 @@ from kvmesh.backends.base import Model
 from kvmesh.services.common import names
 from kvmesh.services.common.errors import InvalidRequest, MeshError, Unavailable
 from kvmesh.services.common.telemetry import Telemetry, context_of, extract, inject
-from kvmesh.services.worker.engine import Engine, Exported, FetchWish, Outcome
+from kvmesh.services.worker.engine import Engine, Exported, FetchWish, Load, Outcome
 from kvmesh.services.worker.limits import Limits
 from kvmesh.services.worker.messages import (
     Receipt,
@@ -157,6 +157,11 @@ class Hub:
 
     def take_tail(self, request_id: str) -> Tail | None:
         return self._tails.take(request_id, time.monotonic())
+
+    @property
+    def load(self) -> Load:
+        """How busy the engine was at its last step."""
+        return self._load
 
     def load_report(self) -> worker_pb2.LoadReport:
         return load_report(self._load, self.draining)

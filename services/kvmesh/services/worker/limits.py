@@ -59,13 +59,21 @@ class Planned:
 
 @dataclass(slots=True)
 class Counters:
-    """Since the process started. checksum_failures: blocks and tails that did not verify."""
+    """Since the process started. checksum_failures: blocks and tails that did not verify.
+
+    batched: sequences, summed over steps. batch: of the last step alone.
+    prefix_tokens, prefix_hits: prompt tokens of new requests, and those found in the cache.
+    """
 
     preemptions: int = 0
     checksum_failures: int = 0
     tokens_generated: int = 0
     tokens_prefilled: int = 0
     steps: int = 0
+    batched: int = 0
+    batch: int = 0
+    prefix_tokens: int = 0
+    prefix_hits: int = 0
 
     def copy(self) -> "Counters":
         return replace(self)

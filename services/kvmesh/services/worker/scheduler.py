@@ -133,6 +133,8 @@ class Scheduler:
         block_seal_s: device seconds that sealing each block that filled took.
         """
         self.counters.steps += bool(plan)
+        self.counters.batch = len(plan)
+        self.counters.batched += len(plan)
         results = iter(sampled)
         for step in plan:
             sequence = step.sequence
@@ -243,6 +245,9 @@ class Scheduler:
         sequence.fetched = None
         if sequence.timeline.first_step is None:
             sequence.cached_tokens = min(sequence.computed, sequence.work.num_prompt)
+            if sequence.work.is_new:
+                self.counters.prefix_tokens += sequence.work.num_prompt
+                self.counters.prefix_hits += sequence.cached_tokens
 
     def _plan_prefill(self, ready: list[Sequence], num_decodes: int) -> list[Planned]:
         budget = self.limits.step_tokens - num_decodes

@@ -69,6 +69,11 @@ class Work:
     trace: tuple[tuple[str, str], ...] = ()
 
     @property
+    def is_new(self) -> bool:
+        """Whether nothing has been said yet, here or on another worker."""
+        return len(self.token_ids) == self.num_prompt
+
+    @property
     def tail_start(self) -> int:
         """Position of the first token of the unfinished block before the last token."""
         return (len(self.token_ids) - 1) // BLOCK_SIZE * BLOCK_SIZE

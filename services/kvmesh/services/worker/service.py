@@ -20,6 +20,7 @@ from kvmesh.services.common.server import Listener
 from kvmesh.services.worker.hub import Hub
 from kvmesh.services.worker.limits import Limits
 from kvmesh.services.worker.messages import model_info
+from kvmesh.services.worker.metrics import show_worker
 from kvmesh.services.worker.servicer import WorkerServicer
 from kvmesh.services.worker.transfer import Transfer
 from kvmesh.v1 import mesh_pb2, worker_pb2_grpc
@@ -138,6 +139,7 @@ class WorkerService:
         limits = limits_of(self._worker, model)
         hub = Hub(model, limits, self._transfer, context.telemetry, context.incarnation)
         self._hub = hub
+        show_worker(context.meters, hub, self._transfer)
         hub.start()
         await hub.probe()
         self._servicer.serve(hub, model.device)

@@ -8,6 +8,7 @@ import logging
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from opentelemetry import context as otel_context
 from opentelemetry import trace
@@ -30,6 +31,15 @@ MAX_FETCHES = 8  # at once; what they bring is in memory until it is imported
 MAX_PUT_BYTES = 256 << 20  # waiting to be stored; beyond, blocks stay on this worker alone
 
 
+@dataclass(slots=True)
+class Moved:
+    """Bytes since the process started: blocks from and to shards, tails from other workers."""
+
+    fetched: int = 0
+    put: int = 0
+    tails: int = 0
+
+
 class Transfer:
     """Does not own `links`. close() ends what still runs."""
 
@@ -46,6 +56,7 @@ class Transfer:
         self._put_bytes = 0
         self._puts: set[asyncio.Task[None]] = set()
         self.corrupt_tails = 0
+        self.moved = Moved()
 
     async def fetch(self, wish: FetchWish) -> Fetched:
         """What of the wish could be had, and the unfinished block if another worker keeps it."""
@@ -91,6 +102,7 @@ class Transfer:
             span.set_attribute(names.BYTES, result.num_bytes)
             span.set_attribute(names.HIT_TOKENS, result.num_prefix * BLOCK_SIZE)
             span.set_attribute(names.CORRUPT, result.corrupt)
+        self.moved.fetched += result.num_bytes
         held = enumerate(result.blocks[: result.num_prefix], wish.first)
         return {index: data for index, data in held if data is not None}
 
@@ -109,6 +121,7 @@ class Transfer:
                 span.set_attribute(names.REASON, str(error))
                 return None
             span.set_attribute(names.BYTES, len(reply.data))
+            self.moved.tails += len(reply.data)
             wrong = self._what_is_wrong(reply, work)
             if wrong is None:
                 return Tail(reply.start, reply.num_tokens, reply.data)
@@ -134,6 +147,7 @@ class Transfer:
                 span.set_attribute(names.BLOCKS, len(exported.blocks))
                 span.set_attribute(names.BYTES, size)
                 result = await self._cache.put(exported.blocks, exported.work.shards)
+                self.moved.put += result.num_bytes
                 if result.failed_shards:
                     span.set_attribute(names.REASON, "failed: " + ", ".join(result.failed_shards))
             if result.failed_shards or result.refused:
