@@ -54,9 +54,8 @@ _DIGEST = _sources_digest()
 
 def kernel(function: _Kernel) -> _Kernel:
     """Compiles a function that other kernels call, without the GIL."""
-    compiled: Any = numba.njit(
-        nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
-    )(function)
+    options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    compiled: Any = numba.njit(nogil=True, error_model="numpy", **options)(function)
     return cast(_Kernel, compiled)
 
 

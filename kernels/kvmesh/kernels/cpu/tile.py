@@ -179,9 +179,12 @@ def _read_scales(pool: Any, block: int, offset: int, bits: int, out: Any) -> Non
 @kernel
 def plane_at(geo: Any, kind: int, head: int) -> int:
     """Where one head's codes begin, in bytes from the block's start."""
+    at: int
     if kind:
-        return geo.value_codes + head * head_bytes(BLOCK_SIZE, geo.dim, geo.value_bits)
-    return geo.key_codes + head * head_bytes(geo.dim, BLOCK_SIZE, geo.key_bits)
+        at = geo.value_codes + head * head_bytes(BLOCK_SIZE, geo.dim, geo.value_bits)
+    else:
+        at = geo.key_codes + head * head_bytes(geo.dim, BLOCK_SIZE, geo.key_bits)
+    return at
 
 
 @kernel
