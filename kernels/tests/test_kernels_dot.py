@@ -39,8 +39,8 @@ def test_every_path_computes_the_same_integers(path, bits):
         wide = np.ascontiguousarray(weights.reshape(rows, -1, 4)[..., simd.ORDER])
         plane = reference.pack(codes, bits).reshape(-1)
         out = np.full((rows + 1, lanes + 16), -1, np.int32)
-        compiled(path)(bits, plane.ctypes.data, wide.ctypes.data, high.ctypes.data,
-                       low.ctypes.data, out.ctypes.data, rows, length, lanes, lanes + 16)  # fmt: skip
+        places = (x.ctypes.data for x in (plane, wide, high, low, out))
+        compiled(path)(bits, *places, rows, length, lanes, lanes + 16)
         assert (out[rows] == -1).all() and (out[:, lanes:] == -1).all()
         out = out[:rows, :lanes]
         u = codebook.grid(bits)[codes[0]].astype(np.int64)

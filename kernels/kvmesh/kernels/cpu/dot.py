@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils as untyped_cgutils
 from numba.extending import intrinsic
 
 from kvmesh.kernels import codebook
@@ -14,6 +14,7 @@ from kvmesh.kernels.cpu.jit import kernel
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 WIDTHS = (2, 3, 4, 8)
+cgutils: Any = untyped_cgutils
 
 _LARGEST = np.float32(simd.LARGEST)
 _UNIT = np.float32(1 / simd.LARGEST)
