@@ -114,8 +114,12 @@ class _Loop:
         b.ret_void()
 
 
-def _function(module: Any, path: simd.Portable, bits: int, rows: int) -> Any:
-    """The function of a module for one width and number of rows, compiled once, never inlined."""
+def dot_function(module: Any, path: simd.Portable, bits: int, rows: int) -> Any:
+    """A module's function for one width and number of rows: compiled once, never inlined.
+
+    Its arguments, int64: addresses of codes, weights, high and low bytes, out; length, lanes,
+    elements between rows of out.
+    """
     name = f"kvmesh_dot_{path.name}_{bits}_{rows}"
     if name in module.globals:
         return module.globals[name]
@@ -147,7 +151,7 @@ def _emit_rows(builder: Any, path: simd.Portable, bits: int, arguments: Any) -> 
             builder.add(low, element),
             builder.add(out, builder.mul(builder.mul(at, stride), _I64(4))),
         )
-        function = _function(builder.module, path, bits, rows)
+        function = dot_function(builder.module, path, bits, rows)
         builder.call(function, [codes, *places, length, lanes, stride])
         builder.store(builder.add(at, _I64(rows)), done)
         builder.branch(loop)

@@ -273,7 +273,7 @@ def _write_floats(pool: Any, block: int, offset: int, bits: int, rows: Any) -> N
 
 
 @kernel
-def _finite(tail: Any) -> bool:
+def _finite(tail: Any) -> Any:
     flat = tail.reshape(tail.size).view(np.int32)
     most = _NO
     for i in range(flat.size):

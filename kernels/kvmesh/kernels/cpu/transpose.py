@@ -51,8 +51,7 @@ def _emit(b: Any, source: Any, target: Any, rows: Any, columns: Any) -> None:
             b.store(vector, place(target, b.add(column, _I64(i)), rows, row), align=4)
 
 
-@intrinsic
-def transpose(typing_context: Any, source: Any, target: Any, rows: Any, columns: Any) -> Any:
+def _transpose(typing_context: Any, source: Any, target: Any, rows: Any, columns: Any) -> Any:
     """Writes source [rows, columns] as target [columns, rows].
 
     Addresses and sizes, int64; both sizes are multiples of 8, elements have 4 bytes, matrices are
@@ -64,3 +63,6 @@ def transpose(typing_context: Any, source: Any, target: Any, rows: Any, columns:
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 4), emit
+
+
+transpose: Any = intrinsic(_transpose)
