@@ -6,10 +6,11 @@ import itertools
 import numba
 import numpy as np
 import pytest
+from llvmlite import binding, ir
 
 from kvmesh.kernels import codebook, reference
 from kvmesh.kernels.cpu import simd
-from kvmesh.kernels.cpu.dot import make_dot
+from kvmesh.kernels.cpu.dot import dot_function, make_dot
 
 PATHS = [*simd.available(), "emulated"]
 
@@ -39,12 +40,44 @@ def test_every_path_computes_the_same_integers(path, bits):
         wide = np.ascontiguousarray(weights.reshape(rows, -1, 4)[..., simd.ORDER])
         plane = reference.pack(codes, bits).reshape(-1)
         out = np.full((rows + 1, lanes + 16), -1, np.int32)
-        compiled(path)(bits, plane.ctypes.data, wide.ctypes.data, high.ctypes.data,
-                       low.ctypes.data, out.ctypes.data, rows, length, lanes,
-                       lanes + 16)  # fmt: skip
+        places = (x.ctypes.data for x in (plane, wide, high, low, out))
+        compiled(path)(bits, *places, rows, length, lanes, lanes + 16)
         assert (out[rows] == -1).all() and (out[:, lanes:] == -1).all()
         out = out[:rows, :lanes]
         u = codebook.grid(bits)[codes[0]].astype(np.int64)
         np.testing.assert_array_equal(out, (weights.astype(np.int64) @ u).astype(np.int32))
         centered = 2 * out - np.int32(255) * weights.sum(axis=1, dtype=np.int32)[:, None]
         np.testing.assert_array_equal(centered, weights.astype(np.int64) @ (2 * u - 255))
+
+
+def assembly(path, bits, cpu):
+    module = ir.Module()
+    dot_function(module, simd.PATHS[path], bits, simd.ROWS).linkage = ""  # keep it, unused
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    target = binding.Target.from_triple("x86_64-unknown-linux-gnu")
+    machine = target.create_target_machine(cpu=cpu, opt=3)
+    parsed = binding.parse_assembly(str(module))
+    parsed.verify()
+    options = binding.create_pipeline_tuning_options(speed_level=3)
+    passes = binding.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(parsed, passes)
+    return machine.emit_assembly(parsed)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("path", "cpu", "register", "product"),
+    [("avx512", "znver4", "%zmm", "vpdpbusd"), ("avx2", "znver3", "%ymm", "vpmaddwd")],
+)
+def test_code_for_a_cpu_has_its_instructions_and_does_not_spill(path, cpu, register, product, bits):
+    lines = assembly(path, bits, cpu).splitlines()
+    wide = [line for line in lines if register in line]
+    for_each_word = simd.ROWS * 2 * (8 // (2 if bits == 3 else bits))
+    products = sum(product in line for line in wide)  # the compiler may unroll the loop
+    assert products and products % for_each_word == 0
+    assert any("vpshufb" in line for line in wide) == (bits < 8)
+    stores = [line for line in wide if line.split("#")[0].rstrip().endswith(")")]
+    kept = [line for line in stores if "%rsp" in line.rsplit(",", 1)[-1]]
+    limit = 2 if (path, bits) == ("avx2", 3) else 0  # its magnitudes and signs, read again
+    assert len(kept) <= limit, kept

@@ -90,9 +90,8 @@ def _pack_words(codes: Octets, width: int) -> Octets:
     fields = 8 // width
     shifts = (np.arange(fields) * width)[:, None, None]
     by_field = codes.reshape(heads, -1, fields, 4, lanes).astype(np.int64) << shifts
-    # [heads, words, 4, lanes]
     octets: Octets = np.bitwise_or.reduce(by_field, axis=2).astype(np.uint8)
-    return octets.transpose(0, 1, 3, 2).reshape(heads, -1)
+    return octets.transpose(0, 1, 3, 2).reshape(heads, -1)  # [heads, words, lanes, 4]
 
 
 def _unpack_words(plane: Octets, width: int, lanes: int) -> Octets:

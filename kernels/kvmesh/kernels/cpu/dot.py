@@ -16,6 +16,7 @@ cgutils: Any = untyped_cgutils
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 WIDTHS = (2, 3, 4, 8)
+cgutils: Any = untyped_cgutils
 
 _LARGEST = np.float32(simd.LARGEST)
 _UNIT = np.float32(1 / simd.LARGEST)
@@ -115,8 +116,12 @@ class _Loop:
         b.ret_void()
 
 
-def _function(module: Any, path: simd.Portable, bits: int, rows: int) -> Any:
-    """The function of a module for one width and number of rows, compiled once, never inlined."""
+def dot_function(module: Any, path: simd.Portable, bits: int, rows: int) -> Any:
+    """A module's function for one width and number of rows: compiled once, never inlined.
+
+    Its arguments, int64: addresses of codes, weights, high and low bytes, out; length, lanes,
+    elements between rows of out.
+    """
     name = f"kvmesh_dot_{path.name}_{bits}_{rows}"
     if name in module.globals:
         return module.globals[name]
@@ -148,7 +153,7 @@ def _emit_rows(builder: Any, path: simd.Portable, bits: int, arguments: Any) -> 
             builder.add(low, element),
             builder.add(out, builder.mul(builder.mul(at, stride), _I64(4))),
         )
-        function = _function(builder.module, path, bits, rows)
+        function = dot_function(builder.module, path, bits, rows)
         builder.call(function, [codes, *places, length, lanes, stride])
         builder.store(builder.add(at, _I64(rows)), done)
         builder.branch(loop)

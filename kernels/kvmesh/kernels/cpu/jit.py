@@ -53,10 +53,13 @@ _DIGEST = _sources_digest()
 
 
 def kernel(function: _Kernel) -> _Kernel:
-    """Compiles a function that other kernels call, without the GIL."""
-    options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    compiled: Any = numba.njit(nogil=True, error_model="numpy", **options)(function)
-    return cast(_Kernel, compiled)
+    """Compiles a function that other kernels call, without the GIL; Python cannot call it.
+
+    Without the wrappers for Python, whose code for tuples of arrays takes long to compile.
+    """
+    options = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    njit: Any = numba.njit  # its stubs do not know these two
+    return cast(_Kernel, njit(nogil=True, error_model="numpy", **options)(function))
 
 
 def entry(function: _Kernel) -> _Kernel:
