@@ -182,7 +182,12 @@ def kl(
         )
     if subject.json:
         rows = [
-            {"codec": codec, **loss.model_dump(), "by_position": found[codec].by_block()}
+            {
+                "codec": codec,
+                **loss.model_dump(),
+                "by_position": found[codec].by_block(),
+                "by_sequence": found[codec].by_sequence(),
+            }
             for codec, loss in losses.items()
         ]
         print_json({"eval": "kl", "model": name, "positions": positions, "rows": rows})
