@@ -79,7 +79,11 @@ def test_fp16_differs_from_itself_nowhere_and_fewer_bits_differ_more(bench: KlBe
     assert losses["fp16"].kl_nats == 0 and losses["fp16"].top1 == 1
     kl = [loss.kl_nats for loss in losses.values()]
     assert kl == sorted(kl) and len(set(kl)) == len(kl)
-    assert [p for p, _ in found["k2v2"].by_block()] == [64, 128]
+    lossy = found["k2v2"]
+    assert [p for p, _ in lossy.by_block()] == [64, 128]
+    lengths = (150 - 64, 131 - 64, 100 - 64)
+    means = [mean * n for mean, n in zip(lossy.by_sequence(), lengths, strict=True)]
+    assert sum(means) / sum(lengths) == pytest.approx(losses["k2v2"].kl_nats)
     for plot in (kl_position_plot("mini", found), kl_bytes_plot("mini", losses)):
         assert "k2v2" in plot and "fp16<" not in plot
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from kvmesh.integration.evaluate import EvalCase, Score
+    from kvmesh.integration.kl import KlBench
     from kvmesh.services.common.config import ModelConfig
 
 app = typer.Typer(no_args_is_help=True, help="Measure answer quality, and what a codec changes.")
@@ -27,7 +28,6 @@ Plots = Annotated[
     Path | None,
     typer.Option("--plots", help="Write plots (SVG) into this folder.", file_okay=False),
 ]
-Backend = Annotated[str, typer.Option(help="Which backend runs the model; see 'kvmesh doctor'.")]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Subject:
     )
     model: Annotated[
         Path | None,
-        typer.Option("--model", help="A checkpoint folder [default: mini].", show_default=False),
+        typer.Option("--model", help="A checkpoint folder, else mini.", show_default=False),
     ] = None
     json: Json = False
     markdown: Annotated[
@@ -79,6 +79,29 @@ class Subject:
             print_table("", columns, rows)
 
 
+@dataclass(frozen=True)
+class Sample:
+    """The tokens that KL is measured on, and what runs the model."""
+
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A file of texts, else the bundled ones.", show_default=False),
+    ] = None
+    tokens: Annotated[int, typer.Option(min=65, help="To compare on, in all.")] = 4096
+    length: Annotated[int, typer.Option(min=65, help="Most tokens of one sequence.")] = 512
+    backend: Annotated[
+        str, typer.Option(help="Which backend runs the model; see 'kvmesh doctor'.")
+    ] = "auto"
+
+    def bench(self, folder: Path, scratch: str) -> "KlBench":
+        """Raises ConfigError for a file that is none, or a checkpoint without a tokenizer."""
+        from kvmesh.integration.kl import KlBench
+        from kvmesh.integration.prompts import load_sequences
+
+        sequences = load_sequences(folder, self.prompts, self.tokens, self.length)
+        return KlBench(self.backend, folder, sequences, Path(scratch))
+
+
 @command
 async def needle(
     subject: Subject,
@@ -105,7 +128,7 @@ async def needle(
 @command
 async def ruler(
     subject: Subject,
-    tasks: Annotated[str, typer.Option(help="Comma-separated [default: all].")] = "",
+    tasks: Annotated[str, typer.Option(help="Comma-separated; none takes all.")] = "",
     lengths: Lengths = "1024,2048",
     cases: Annotated[int, typer.Option(min=1, help="Questions per task and length.")] = 25,
     seed: SeedOption = 30_000,
@@ -125,7 +148,7 @@ async def ruler(
 async def longbench(
     subject: Subject,
     folder: Annotated[Path, typer.Argument(help="Holds LongBench's public .jsonl files.")],
-    datasets: Annotated[str, typer.Option(help="Comma-separated [default: all there].")] = "",
+    datasets: Annotated[str, typer.Option(help="Comma-separated; none takes all.")] = "",
     limit: Annotated[int | None, typer.Option(min=1, help="Questions of each data set.")] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=64, help="Of a prompt; longer ones lose their middle.")
@@ -147,25 +170,18 @@ async def longbench(
 @command
 def kl(
     subject: Subject,
-    prompts: Annotated[
-        Path | None, typer.Option(help="A file of texts [default: bundled]", show_default=False)
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=65, help="To compare on, in all.")] = 4096,
-    length: Annotated[int, typer.Option(min=65, help="Most tokens of one sequence.")] = 512,
-    backend: Backend = "auto",
+    sample: Sample,
     plots: Plots = None,
 ) -> None:
     """KL and top-1 agreement of each codec with fp16, token by token on the decode path."""
     import tempfile
 
     from kvmesh.integration.eval_plots import kl_bytes_plot, kl_position_plot
-    from kvmesh.integration.kl import KlBench, Stored
-    from kvmesh.integration.prompts import load_sequences
+    from kvmesh.integration.kl import Stored
 
     codecs = list(subject.models())
-    sequences = load_sequences(subject.folder, prompts, tokens, length)
     with tempfile.TemporaryDirectory(prefix="kvmesh-kl-") as scratch:
-        bench = KlBench(backend, subject.folder, sequences, Path(scratch))
+        bench = sample.bench(subject.folder, scratch)
         total = bench.num_tokens * (len(codecs) + 1)
         with progress_bar("kl", total, hidden=subject.json) as advance:
             found = {codec: bench.measure(Stored(codec), advance) for codec in codecs}
@@ -182,7 +198,12 @@ def kl(
         )
     if subject.json:
         rows = [
-            {"codec": codec, **loss.model_dump(), "by_position": found[codec].by_block()}
+            {
+                "codec": codec,
+                **loss.model_dump(),
+                "by_position": found[codec].by_block(),
+                "by_sequence": found[codec].by_sequence(),
+            }
             for codec, loss in losses.items()
         ]
         print_json({"eval": "kl", "model": name, "positions": positions, "rows": rows})

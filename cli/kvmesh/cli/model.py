@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvmesh.cli.errors import USAGE, CommandFailed
-from kvmesh.cli.evaluate import Backend
+from kvmesh.cli.evaluate import Sample
 from kvmesh.cli.options import Json, command
 from kvmesh.cli.progress import progress_bar
 from kvmesh.cli.render import console, print_json, print_table
@@ -23,24 +23,19 @@ Checkpoint = Annotated[
 
 @command
 def check(
+    sample: Sample,
     path: Checkpoint = Path("mini"),
     budget: Annotated[float, typer.Option(help="Most KL against fp16, in nats.")] = 0.02,
     codecs: Annotated[
         str, typer.Option(help="That a layer may have, besides fp16.")
     ] = "k8v8,k4v4,k4v3,k3v3,k3v2,k2v2",
-    prompts: Annotated[
-        Path | None, typer.Option(help="A file of texts [default: bundled]", show_default=False)
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=65, help="To compare on, in all.")] = 4096,
-    length: Annotated[int, typer.Option(min=65, help="Most tokens of one sequence.")] = 512,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="[default: kvmesh-codec.json beside the checkpoint]",
+            "--output", "-o", help="Where to write, else kvmesh-codec.json beside the checkpoint.",
             show_default=False,
         ),
     ] = None,
-    backend: Backend = "auto",
     json: Json = False,
 ) -> None:  # fmt: skip
     """Find the cheapest codec of each layer that stays under a budget of KL, and write it down.
@@ -51,9 +46,8 @@ def check(
 
     from kvmesh.backends.models.codec_check import CODEC_FILE, write_check
     from kvmesh.backends.models.config import read_config
-    from kvmesh.integration.kl import KlBench
     from kvmesh.integration.model_check import CheckPlan, check_model
-    from kvmesh.integration.prompts import BUNDLED, load_sequences
+    from kvmesh.integration.prompts import BUNDLED
     from kvmesh.kernels.layout import CODECS
 
     names = tuple(codecs.split(","))
@@ -63,11 +57,10 @@ def check(
         raise CommandFailed(wrong or f"budget is {budget}, must be above 0 nats", USAGE)
     folder = _folder(path)
     target = output or folder / CODEC_FILE
-    plan = CheckPlan(folder.name, prompts.name if prompts else BUNDLED, names, budget)
+    plan = CheckPlan(folder.name, sample.prompts.name if sample.prompts else BUNDLED, names, budget)
     layers = read_config(folder).num_layers
-    sequences = load_sequences(folder, prompts, tokens, length)
     with tempfile.TemporaryDirectory(prefix="kvmesh-check-") as scratch:
-        bench = KlBench(backend, folder, sequences, Path(scratch))
+        bench = sample.bench(folder, scratch)
         total = bench.num_tokens * plan.num_measurements(layers)
         with progress_bar("check", total, hidden=json) as advance:
             found = check_model(bench, plan, layers, advance)

@@ -7,6 +7,7 @@ from kvmesh.integration.evaluate import Score
 from kvmesh.integration.kl import Divergence
 from kvmesh.integration.plot_scale import Axis
 from kvmesh.integration.plots import HeatMap, Line, LinePlot, heat_map, line_plot
+from kvmesh.services.common.codec_choice import EXACT_CODECS
 
 NEEDLE_NOTE = "share of exact answers; kvmesh eval needle"
 KL_NOTE = "kvmesh eval kl"
@@ -38,11 +39,11 @@ def kl_position_plot(model: str, found: Mapping[str, Divergence]) -> str:
 
 
 def kl_bytes_plot(model: str, losses: Mapping[str, Loss]) -> str:
-    """What a byte buys. One dot per codec, named in the legend."""
+    """What a byte buys. One dot per compressed codec, named in the legend."""
     lines = [
         Line(codec, [(loss.bytes_per_token, loss.kl_nats)])
         for codec, loss in losses.items()
-        if loss.kl_nats > 0
+        if loss.kl_nats > 0 and codec not in EXACT_CODECS
     ]
     x, y = Axis("bytes per token", "log2"), Axis("KL against fp16, nats", "log")
     return line_plot(LinePlot(f"KL against memory, {model}", x, y, lines, KL_NOTE))

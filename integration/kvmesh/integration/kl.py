@@ -62,6 +62,11 @@ class Divergence:
         found = [int(block) for block in np.unique(blocks)]
         return [(block * BLOCK_SIZE, float(self.kl[blocks == block].mean())) for block in found]
 
+    def by_sequence(self) -> list[float]:
+        """Mean KL of each sequence, in order."""
+        starts = np.flatnonzero(self.position == BLOCK_SIZE)
+        return [float(part.mean()) for part in np.split(self.kl, starts[1:])]
+
 
 def bytes_per_token(layout: KvLayout) -> int:
     """Of K and V in all layers with their scales; block headers are not counted."""
