@@ -5,7 +5,7 @@ by token (the softmax's sum by halves), the blocks from first to last, the tail 
 A query never sees how many others share the call, so its result does not depend on them.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,21 @@ from kvmesh.kernels.cpu.tile import hadamard, plane_at, read_tile
 from kvmesh.kernels.layout import BLOCK_SIZE
 
 _ZERO = np.float32(0.0)
+_ONE = np.float32(1.0)
 _NEVER = np.float32(-np.inf)
+
+
+class View(NamedTuple):
+    """What a row's scores go through before the softmax; 0 turns each of the first two off."""
+
+    cap: Any  # fp32: scores become cap * tanh(score / cap)
+    window: Any  # int64: a query sees so many tokens, itself included
+    kept: Any  # int64: and the first so many of its sequence
+    query: Any  # int64, the position of row 0's query
+    group: Any  # int64, rows of one query
+
+
+PLAIN = View(_ZERO, np.int64(0), np.int64(0), np.int64(0), np.int64(1))
 
 
 @kernel
@@ -75,31 +89,60 @@ def _to_weights(scores: Any, peak: Any, halves: Any) -> Any:
 
 
 @kernel
-def _advance(scratch: Any, row: int) -> Any:
-    """One step of online softmax: scores become weights times the values' scales.
+def _look(scores: Any, view: Any, row: int, start: int) -> None:
+    """Caps 64 scores and hides what the row must not see. start: position of the first token."""
+    if view.cap > _ZERO:
+        for t in range(BLOCK_SIZE):
+            # tanh by exp of what is not positive: 1 - 2 e / (1 + e), e = exp(-2 |x|)
+            x = scores[t] / view.cap
+            e = exp(np.float32(-2.0) * abs(x))
+            size = view.cap * ((_ONE - e) / (_ONE + e))
+            scores[t] = size if x >= _ZERO else -size
+    if view.window > 0:
+        oldest = view.query + row // view.group - view.window + 1
+        for t in range(BLOCK_SIZE):
+            if view.kept <= start + t < oldest:
+                scores[t] = _NEVER
+
+
+@kernel
+def _weigh(scratch: Any, row: int) -> Any:
+    """One step of online softmax: 64 scores become weights exp(score - peak).
 
     Returns what the row's sum so far is to be multiplied by.
     """
     weights = scratch.weights
-    bias = scratch.bias[row]
-    for t in range(BLOCK_SIZE):
-        weights[t] = bias + scratch.key_scales[t] * weights[t]
     before = scratch.peak[row]
     peak = max(before, _largest(weights))
+    if peak == _NEVER:  # nothing is seen yet
+        weights[:] = _ZERO
+        return _ONE
     fade = exp(before - peak)
     total = _to_weights(weights, peak, scratch.halves)
     scratch.peak[row] = peak
     scratch.total[row] = scratch.total[row] * fade + total
+    return fade
+
+
+@kernel
+def _advance(scratch: Any, row: int, view: Any, start: int) -> Any:
+    """From a sealed tile's dot products to weights times the values' scales; as `_weigh`."""
+    weights = scratch.weights
+    bias = scratch.bias[row]
+    for t in range(BLOCK_SIZE):
+        weights[t] = bias + scratch.key_scales[t] * weights[t]
+    _look(weights, view, row, start)
+    fade = _weigh(scratch, row)
     for t in range(BLOCK_SIZE):
         weights[t] = weights[t] * scratch.value_scales[t]
     return fade
 
 
 @kernel
-def _absorb_floats(scratch: Any, row: int) -> None:
+def _absorb_floats(scratch: Any, row: int, view: Any, start: int) -> None:
     """Adds a tile of floats to a row's state."""
     _score(scratch.queries[row], scratch.keys, scratch.weights)
-    fade = _advance(scratch, row)
+    fade = _advance(scratch, row, view, start)
     mixed = scratch.mixed[row]
     for j in range(mixed.size):
         mixed[j] = mixed[j] * fade
@@ -108,13 +151,14 @@ def _absorb_floats(scratch: Any, row: int) -> None:
 
 @kernel
 def _absorb_codes(
-    geo: Any, table: Any, codes: Any, head: int, scratch: Any, first: int, count: int
-) -> None:
+    geo: Any, table: Any, codes: Any, head: int, scratch: Any, first: int, count: int,
+    view: Any, start: int,
+) -> None:  # fmt: skip
     """Adds one head of a block, codes uint8 [block bytes], to rows [first, first + count)."""
     dots = scratch.dots
     queries, mixing = scratch.rounded, scratch.mixing
-    start = codes.ctypes.data
-    keys, values = start + plane_at(geo, 0, head), start + plane_at(geo, 1, head)
+    address = codes.ctypes.data
+    keys, values = address + plane_at(geo, 0, head), address + plane_at(geo, 1, head)
     dot_rows(geo.key_bits, keys, queries, first, count, dots, BLOCK_SIZE)
     for i in range(count):
         row = first + i
@@ -123,7 +167,7 @@ def _absorb_codes(
         for t in range(BLOCK_SIZE):
             whole = np.int32(2) * dots[i, t] - offset
             scratch.weights[t] = np.float32(np.int32(whole)) * unit
-        scratch.fades[i] = _advance(scratch, row)
+        scratch.fades[i] = _advance(scratch, row, view, start)
         set_weights(mixing, i, scratch.weights)
     dot_rows(geo.value_bits, values, mixing, 0, count, dots, geo.dim)
     for i in range(count):
@@ -137,22 +181,23 @@ def _absorb_codes(
 
 
 @kernel
-def _absorb(
-    geo: Any, table: Any, pool: Any, block: int, head: int, rows: int, scratch: Any
-) -> None:
-    """Adds one KV head of a sealed block to every row's state."""
+def absorb(
+    geo: Any, table: Any, pool: Any, block: int, head: int, rows: int, scratch: Any, view: Any,
+    start: int,
+) -> None:  # fmt: skip
+    """Adds one KV head of a sealed block, whose first token is at `start`, to every row's state."""
     read_tile(geo, pool, block, head, scratch)
     if geo.key_bits <= 8:
         for first in range(0, rows, ROWS):
             count = min(ROWS, rows - first)
-            _absorb_codes(geo, table, pool.octets[block], head, scratch, first, count)
+            _absorb_codes(geo, table, pool.octets[block], head, scratch, first, count, view, start)
     else:
         for row in range(rows):
-            _absorb_floats(scratch, row)
+            _absorb_floats(scratch, row, view, start)
 
 
 @kernel
-def _start_row(geo: Any, table: Any, query: Any, center: Any, scratch: Any, row: int) -> None:
+def start_row(geo: Any, table: Any, query: Any, center: Any, scratch: Any, row: int) -> None:
     """Scales one query, rotates it if the keys are, and empties its state."""
     own = scratch.queries[row]
     scale = np.float32(1.0 / np.sqrt(geo.dim))
@@ -174,7 +219,7 @@ def _start_row(geo: Any, table: Any, query: Any, center: Any, scratch: Any, row:
 
 
 @kernel
-def _unrotate(geo: Any, table: Any, center: Any, mixed: Any, total: Any) -> None:
+def unrotate(geo: Any, table: Any, center: Any, mixed: Any, total: Any) -> None:
     """Takes a row's sum of values back to V's own space: D H x, plus the center once per weight."""
     if geo.value_bits <= 8:
         norm = np.float32(1.0 / np.sqrt(geo.dim))
@@ -184,30 +229,32 @@ def _unrotate(geo: Any, table: Any, center: Any, mixed: Any, total: Any) -> None
 
 
 @kernel
-def _finish_row(query: Any, values: Any, count: int, scratch: Any, row: int, out: Any) -> None:
-    """Attends to `count` tokens of the tail, whose keys are the tile, and merges both parts.
+def read_tail(tail: Any, head: int, count: int, scratch: Any) -> None:
+    """Puts the keys of the first `count` tokens of fp32 [2, 64, heads, dim] into the tile."""
+    for t in range(count):
+        for j in range(tail.shape[3]):
+            scratch.keys[j, t] = tail[0, t, head, j]
 
-    scratch.mixed[row] is in V's own space. Without sealed blocks its weight is exactly zero.
-    """
+
+@kernel
+def absorb_tail(
+    query: Any, values: Any, count: int, scratch: Any, row: int, view: Any, start: int
+) -> None:
+    """Adds the first `count` tokens of the tile's keys and values [64, dim], which are in K's and
+    V's own space, to a row whose sum is in V's own space. start: position of the first."""
     own = scratch.queries[row]
     scale = np.float32(1.0 / np.sqrt(own.size))
     for j in range(own.size):
         own[j] = query[j] * scale
-    weights = scratch.weights
-    _score(own, scratch.keys, weights)
+    _score(own, scratch.keys, scratch.weights)
+    _look(scratch.weights, view, row, start)
     for t in range(count, BLOCK_SIZE):
-        weights[t] = _NEVER
-    before = scratch.peak[row]
-    peak = max(before, _largest(weights))
-    fade = exp(before - peak)
-    total = _to_weights(weights, peak, scratch.halves)
-    total = scratch.total[row] * fade + total
+        scratch.weights[t] = _NEVER
+    fade = _weigh(scratch, row)
     mixed = scratch.mixed[row]
-    for j in range(out.size):
-        out[j] = mixed[j] * fade
-    _mix(weights, values, count, out)
-    for j in range(out.size):
-        out[j] = out[j] / total
+    for j in range(mixed.size):
+        mixed[j] = mixed[j] * fade
+    _mix(scratch.weights, values, count, mixed)
 
 
 @kernel
@@ -226,18 +273,18 @@ def attend(
         for i in range(count):
             for g in range(group):
                 query = queries[i, head * group + g]
-                _start_row(geo, table, query, centers[0, head], scratch, i * group + g)
+                start_row(geo, table, query, centers[0, head], scratch, i * group + g)
         for block in blocks:
-            _absorb(geo, table, pool, block, head, count * group, scratch)
-        for t in range(first + count):
-            for j in range(geo.dim):
-                scratch.keys[j, t] = tail[0, t, head, j]
+            absorb(geo, table, pool, block, head, count * group, scratch, PLAIN, 0)
+        read_tail(tail, head, first + count, scratch)
         values = tail[1, :, head, :]
         for i in range(count):
             for g in range(group):
                 row = i * group + g
                 if blocks.size:
-                    _unrotate(geo, table, centers[1, head], scratch.mixed[row], scratch.total[row])
-                seen = first + i + 1
+                    unrotate(geo, table, centers[1, head], scratch.mixed[row], scratch.total[row])
                 at = head * group + g
-                _finish_row(queries[i, at], values, seen, scratch, row, out[i, at])
+                absorb_tail(queries[i, at], values, first + i + 1, scratch, row, PLAIN, 0)
+                total = scratch.total[row]
+                for j in range(geo.dim):
+                    out[i, at, j] = scratch.mixed[row, j] / total
