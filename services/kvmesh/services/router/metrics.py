@@ -36,6 +36,16 @@ def show_router(meters: Meters, parts: RouterParts) -> None:
                 metric.ROUTER_MIGRATIONS, "{migration}", "Moves away from a worker that died.",
                 lambda: parts.migrations,
             ),
+        ]
+    )  # fmt: skip
+    _show_requests(meters, counts)
+    _show_vllm(meters, parts, counts)
+
+
+def _show_requests(meters: Meters, counts: RouterCounts) -> None:
+    """Sums over finished requests. What nobody reported is absent, not zero."""
+    meters.counters(
+        [
             Metric(
                 metric.CACHE_QUERY_TOKENS, "{token}", "Prompt tokens of finished requests.",
                 lambda: counts.prompt_tokens,
@@ -45,13 +55,15 @@ def show_router(meters: Meters, parts: RouterParts) -> None:
                 lambda: counts.cached_tokens,
             ),
             Metric(
-                metric.COST, "{USD}", "Price of finished requests; absent without prices.",
+                metric.COST, "{USD}", "Price of finished requests.",
                 lambda: [(counts.cost_usd, {})] if counts.cost_usd else [],
             ),
-            Metric(metric.DEVICE_TIME, "s", "Of finished requests.", lambda: counts.device_s),
+            Metric(
+                metric.DEVICE_TIME, "s", "Device seconds of finished requests.",
+                lambda: [(counts.device_s, {})] if counts.device_s else [],
+            ),
         ]
     )  # fmt: skip
-    _show_vllm(meters, parts, counts)
 
 
 def _show_vllm(meters: Meters, parts: RouterParts, counts: RouterCounts) -> None:
