@@ -70,12 +70,17 @@ def _read(path: Path) -> dict[str, Any]:
         raise DeviceError(f"{path}: is not TOML: {error}") from error
 
 
-def _resolve(path: Path, folder: Path | None, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """The file with every number a figure, and with what it extends and takes put in."""
-    if path in seen or len(seen) > _MOST_EXTENDS:
-        chain = " -> ".join(each.stem for each in (*seen, path))
-        raise DeviceError(f"{path}: extends itself: {chain}")
-    raw = _read(path)
+def _resolve(
+    path: Path, folder: Path | None, seen: tuple[tuple[Path, str], ...], field: str = ""
+) -> dict[str, Any]:
+    """The file with every number a figure, and with what it extends and takes put in.
+
+    field: what is wanted of it, so that two devices may take different tables from each other.
+    """
+    if (path, field) in seen or len(seen) > _MOST_EXTENDS:
+        chain = " -> ".join(each.stem for each, _ in (*seen, (path, field)))
+        raise DeviceError(f"{path}: extends or takes from itself: {chain}")
+    raw, seen = _read(path), (*seen, (path, field))
     base = _text(path, "extends", raw.pop("extends", None))
     take = raw.pop("take", {})
     # A user's numbers need no ceremony: where they name no source, it is the file itself.
@@ -84,13 +89,20 @@ def _resolve(path: Path, folder: Path | None, seen: tuple[Path, ...]) -> dict[st
     own.setdefault("name", path.stem)
     result: dict[str, Any] = {}
     if base is not None:
-        result = _resolve(_find(base, folder, skip=path), folder, (*seen, path))
+        result = _resolve(_find(base, folder, skip=path), folder, seen, field)
     if not isinstance(take, dict):
         raise DeviceError(f"{path}: take is {take!r}, must be a table of field = device")
-    for field, device in take.items():
-        origin = _find(_text(path, f"take.{field}", device) or "", folder, skip=path)
-        _put(result, field, _taken(path, field, _resolve(origin, folder, (*seen, path))))
+    for taken, device in take.items():
+        if not _overlap(taken, field):
+            continue
+        origin = _find(_text(path, f"take.{taken}", device) or "", folder, skip=path)
+        _put(result, taken, _taken(path, taken, _resolve(origin, folder, seen, taken)))
     return _merge(result, own)
+
+
+def _overlap(one: str, other: str) -> bool:
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return not other or all(a == b for a, b in pairs)
 
 
 def _text(path: Path, field: str, value: object) -> str | None:
