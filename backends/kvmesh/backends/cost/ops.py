@@ -207,7 +207,8 @@ def _mla(plan: Plan, layers: float) -> Iterator[Term]:
             {F.ANY_DECODE: layers},
         )
     yield plan.gemm("output", Matrix(heads * m.value, model.hidden), weights, layers)
-    yield plan.elementwise("rope_cache", heads * m.cached * 3 + m.cached * 4, layers)
+    # Two kernels: the norms of the two latents; rotation, quantisation and the cache.
+    yield plan.elementwise("rope_cache", heads * m.cached * 3 + m.cached * 4, layers, 2)
     kv = model.kv_layer_bytes(plan.formats.kv)
     yield _attend(
         plan,

@@ -70,8 +70,10 @@ class _Terms:
         self._count = len(self._terms)
 
     def seconds(self, features: Floats) -> float:
-        parts = self._matrix.dot(features).reshape(4, self._count)
-        return float(parts[:3].max(axis=0).sum() + parts[3].sum())
+        parts = self._matrix.dot(features).reshape(2, 2, self._count)
+        # (math, memory), (link, floor): the larger of the first three, and the floor on top.
+        most = np.maximum(np.maximum(parts[0, 0], parts[0, 1]), parts[1, 0])
+        return float(np.add(most, parts[1, 1]).sum())
 
     def ops(self, features: Floats) -> Iterator[OpTime]:
         parts = self._matrix.dot(features).reshape(4, self._count)
@@ -192,36 +194,46 @@ class StepCost:
         return group_tokens * work.decode_sequences / own
 
     def _features(self, work: StepWork, width: int, group_tokens: float | None) -> Floats:
+        """In the order of shapes.F; written out, since a simulator asks for it at every step."""
         decodes = work.decode_sequences * width
         tokens = work.prefill_tokens + decodes
-        x = [0.0] * FEATURES
-        x[F.TOKENS], x[F.DECODE] = tokens, decodes
-        x[F.CHUNK_CONTEXT], x[F.ATTENDED] = work.prefill_context, work.prefill_attended
-        x[F.DECODE_CONTEXT] = work.decode_context
+        attended = read = decode = 0.0
         if self._window is not None:
             attended, read, decode = windowed(work, self._window)
-            x[F.W_ATTENDED], x[F.W_CHUNK_CONTEXT], x[F.W_DECODE_CONTEXT] = attended, read, decode
-        x[F.LOGITS] = work.prefill_outputs + decodes
-        x[F.SEQUENCES] = work.prefill_chunks + work.decode_sequences
+        group = assignments = experts = visits = reduce_s = 0.0
         if self._routing is not None:
-            self._expert_features(x, tokens, group_tokens)
+            group = tokens * self.parallel.data if group_tokens is None else group_tokens
+            assignments, experts = self._routing.busiest(group)
+            # A token comes once to a rank, however many experts it has there.
+            visits = min(group, assignments) * (1 - 1 / self.parallel.expert)
         if self.parallel.tensor > 1:
-            x[F.ALL_REDUCE_S] = self._reduce.all_reduce_s(tokens * self.model.hidden * 2)
-        x[F.ANY] = 1.0
-        x[F.ANY_CHUNK] = 1.0 if work.prefill_tokens else 0.0
-        x[F.ANY_DECODE] = 1.0 if decodes else 0.0
-        x[F.ANY_LOGITS] = 1.0 if x[F.LOGITS] else 0.0
-        x[F.SEALS] = seal_share(tokens)
-        return np.array(x)
-
-    def _expert_features(self, x: list[float], tokens: float, group_tokens: float | None) -> None:
-        assert self._routing is not None
-        group = float(tokens * self.parallel.data if group_tokens is None else group_tokens)
-        assignments, experts = self._routing.busiest(group)
-        x[F.GROUP_TOKENS], x[F.ASSIGNMENTS], x[F.EXPERTS] = group, assignments, experts
-        # A token comes once to a rank, however many experts it has there.
-        ranks = self.parallel.expert
-        x[F.VISITS] = min(group, assignments) * (1 - 1 / ranks)
+            reduce_s = self._reduce.all_reduce_s(tokens * self.model.hidden * 2)
+        rows = work.prefill_outputs + decodes
+        return np.array(
+            (
+                tokens,
+                decodes,
+                work.prefill_context,
+                work.prefill_attended,
+                work.decode_context,
+                read,
+                attended,
+                decode,
+                rows,
+                work.prefill_chunks + work.decode_sequences,
+                group,
+                assignments,
+                experts,
+                visits,
+                reduce_s,
+                1.0,
+                1.0 if work.prefill_tokens else 0.0,
+                1.0 if decodes else 0.0,
+                1.0 if rows else 0.0,
+                seal_share(tokens),
+            ),
+            np.float64,
+        )
 
 
 def _decodes(work: StepWork) -> StepWork:

@@ -55,13 +55,13 @@ def _gemm(row: dict[str, Any]) -> Iterator[Kernel]:
     device, weights = load_device(row["device"]), row["weights"]
     rates = Rates(device)
     rate = rates.gemm(weights)
-    size, rows, stored = 4096, 16, 7168 * 4096 * WEIGHT_BYTES[weights]
+    size, rows, stored = 4096, 16, 7168 * 8192 * WEIGHT_BYTES[weights]
     flops = 2 * size**3
     peak, bandwidth = device.peak[rates.math(weights)].value, device.memory.bandwidth_bytes_s.value
     compute = flops / rate.flops_s + rate.floor_s
     yield _kernel("gemm", row, f"{weights} {size}^3", flops / peak / row["compute"], compute)
     memory = stored / rate.bytes_s + rate.floor_s
-    case = f"{weights} {rows} x 7168 x 4096"
+    case = f"{weights} {rows} x 7168 x 8192"
     yield _kernel("gemm", row, case, stored / bandwidth / row["memory"], memory)
 
 
