@@ -1,7 +1,7 @@
 """StepCost: seconds of a step on one rank, op by op."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -46,13 +46,19 @@ class OpTimes:
     _features: tuple[Floats, ...]
 
     def ops(self) -> Iterator[OpTime]:
-        """Each op with what binds it; their seconds add up to total_s."""
-        for compiled, features in zip(self._compiled, self._features, strict=True):
-            yield from compiled.ops(features)
+        """Each op with what binds it; their seconds add up to total_s. Those of a draft pass are
+        called draft.*, once for each pass."""
+        for index, (compiled, x) in enumerate(zip(self._compiled, self._features, strict=True)):
+            for op in compiled.ops(x):
+                yield replace(op, name=f"draft.{op.name}") if index else op
 
     def by_name(self) -> dict[str, float]:
-        """Seconds by op, those of drafting together under `draft`."""
-        return {op.name: op.seconds for op in self.ops() if op.seconds > 0}
+        """Seconds by op, draft passes summed up; ops that took none are left out."""
+        seconds: dict[str, float] = {}
+        for op in self.ops():
+            if op.seconds > 0:
+                seconds[op.name] = seconds.get(op.name, 0.0) + op.seconds
+        return seconds
 
 
 class _Terms:

@@ -201,18 +201,6 @@ class Device(Section):
         """Devices that the scale-up link joins."""
         return int(self.scale_up.domain.value) if self.scale_up.domain else 1
 
-    def price_per_hour(self, preset: str | None = None) -> float:
-        """Raises KeyError for a preset that the file does not have; 0 for a device unpriced."""
-        if self.price is None:
-            if preset is not None:
-                raise KeyError(f"device {self.name} has no price presets, asked for {preset!r}")
-            return 0.0
-        name = preset or self.price.default
-        if name not in self.price.per_hour:
-            known = ", ".join(self.price.per_hour)
-            raise KeyError(f"device {self.name} has no price {name!r}; it has: {known}")
-        return self.price.per_hour[name].value
-
     def figures(self) -> Iterator[tuple[str, Figure]]:
         """(dotted path, figure) of every number in the file."""
         yield from _figures("", self)
