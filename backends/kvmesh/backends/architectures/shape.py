@@ -101,7 +101,9 @@ class ModelShape(Part):
     @model_validator(mode="after")
     def _consistent(self) -> "ModelShape":
         if self.heads % self.kv_heads:
-            raise ValueError(f"heads is {self.heads}, must be a multiple of {self.kv_heads} kv_heads")
+            raise ValueError(
+                f"heads is {self.heads}, must be a multiple of {self.kv_heads} kv_heads"
+            )
         dense = self.layers if self.moe is None else self.moe.dense_layers
         if dense and not self.ffn:
             raise ValueError(f"ffn is 0, must be at least 1 as {dense} layers have no experts")
@@ -256,6 +258,7 @@ class ModelShape(Part):
 def _frame_bytes(kv_format: str) -> float:
     """A token's share of a block's header and trailer; fp8 is the hardware's and has none."""
     return (HEADER_BYTES + TRAILER_BYTES) / BLOCK_SIZE if kv_format in CODECS else 0.0
+
 
 def validated(path: Path, fields: dict[str, Any]) -> ModelShape:
     """Raises ShapeError with one line for each wrong field."""

@@ -61,9 +61,7 @@ def _power_law(experts: int, top_k: int, ranks: int) -> _Curve:
     return [float(t) for t in at], peaks, used
 
 
-def _loads(
-    uniform: npt.NDArray[np.float64], tokens: int, top_k: int
-) -> npt.NDArray[np.float64]:
+def _loads(uniform: npt.NDArray[np.float64], tokens: int, top_k: int) -> npt.NDArray[np.float64]:
     """Assignments of each expert, [draws, experts]; a token chooses an expert once at most."""
     experts = uniform.shape[1]
     many = tokens * top_k > experts

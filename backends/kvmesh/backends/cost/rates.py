@@ -115,9 +115,7 @@ class Rates:
         decode = self._look("gqa_decode", dtype)
         assert isinstance(share, Figure)
         memory, floor = _values(decode, "memory", "floor_s")
-        return Rate(
-            peak * self._share(share.value), self._bandwidth * self._share(memory), floor
-        )
+        return Rate(peak * self._share(share.value), self._bandwidth * self._share(memory), floor)
 
     def decode_attention(self, kv: str, latent: bool) -> Rate:
         """latent: MLA, where all heads share what is cached."""
@@ -148,7 +146,9 @@ class Rates:
                 f"device {self._device.name}: peak.vector is missing, which a codec's cost needs; "
                 "use kv fp8 or fp16"
             )
-        return figure.value * self._share(self._found.elementwise.memory.value if self._found else 1)
+        return figure.value * self._share(
+            self._found.elementwise.memory.value if self._found else 1
+        )
 
     @property
     def efficiency(self) -> Efficiency | None:

@@ -170,7 +170,9 @@ def _explain(error: ValidationError) -> str:
         where = ".".join(str(part) for part in problem["loc"]) or "the device"
         cause = problem.get("ctx", {}).get("error")
         if cause is not None:
-            lines.append(f"{where} {cause}" if str(cause).startswith("is ") else f"{where}: {cause}")
+            lines.append(
+                f"{where} {cause}" if str(cause).startswith("is ") else f"{where}: {cause}"
+            )
         elif problem["type"] == "missing":
             lines.append(f"{where} is missing")
         elif problem["type"] == "extra_forbidden":

@@ -130,5 +130,7 @@ def _all_reduce(row: dict[str, Any]) -> Iterator[Kernel]:
         yield _kernel("all_reduce", row, f"{row['ranks']} ranks {elements}", us * 1e-6, predicted)
 
 
-def _kernel(kind: str, row: dict[str, Any], case: str, published: float, predicted: float) -> Kernel:
+def _kernel(
+    kind: str, row: dict[str, Any], case: str, published: float, predicted: float
+) -> Kernel:
     return Kernel(kind, f"{row['device']} {case}", published * 1e6, predicted * 1e6)
