@@ -73,7 +73,7 @@ def test_kv_bytes_have_the_side_information_of_a_real_block():
     for codec in ("k8v8", "k4v4", "k4v3", "k3v3", "k3v2", "k2v2"):
         block = KvLayout(32, 8, 128, codec, bytes(16)).block_bytes
         assert 64 * shape.kv_bytes_per_token(codec) == block
-    # By hand: 32 layers x 8 heads x (64 + 64 bytes of codes, two scales of 2 bytes), frame 128 / 64.
+    # 32 layers x 8 heads x (64 + 64 bytes of codes, two scales of 2 bytes), frame 128 / 64.
     assert shape.kv_bytes_per_token("k4v4") == 32 * 8 * (64 + 64 + 4) + 2
 
 
@@ -111,8 +111,8 @@ def write(folder: Path, **fields: object) -> str:
 def test_families_of_config_json(tmp_path: Path):
     deepseek = {
         "model_type": "deepseek_v3", "num_hidden_layers": 61, "hidden_size": 7168,
-        "num_attention_heads": 128, "num_key_value_heads": 128, "head_dim": 128, "vocab_size": 129280,
-        "intermediate_size": 18432, "q_lora_rank": 1536, "kv_lora_rank": 512,
+        "num_attention_heads": 128, "num_key_value_heads": 128, "head_dim": 128,
+        "vocab_size": 129280, "intermediate_size": 18432, "q_lora_rank": 1536, "kv_lora_rank": 512,
         "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
         "n_routed_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 2048,
         "n_shared_experts": 1, "first_k_dense_replace": 3, "num_nextn_predict_layers": 1,
@@ -145,20 +145,20 @@ def test_families_of_config_json(tmp_path: Path):
 def test_errors_name_the_field(tmp_path: Path):
     with pytest.raises(ShapeError, match=r"did you mean 'llama-3.1-8b'"):
         load_shape("llama-3.1-8")
-    with pytest.raises(ShapeError, match="model_type is 'mamba'"):
+    with pytest.raises(ShapeError, match=r"model_type is 'mamba'"):
         load_shape(write(tmp_path, model_type="mamba"))
-    with pytest.raises(ShapeError, match="num_hidden_layers is missing"):
+    with pytest.raises(ShapeError, match=r"num_hidden_layers is missing"):
         load_shape(write(tmp_path, model_type="llama", hidden_size=8, num_attention_heads=2))
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"cannot be read"):
         load_shape(str(tmp_path / "none" / "config.json"))
     file = tmp_path / "odd.toml"
     sizes = "layers = -1\nhidden = 64\nheads = 3\nkv_heads = 2\nhead_dim = 64\nvocab = 9\nffn = 8\n"
     file.write_text(sizes)
-    with pytest.raises(ShapeError, match="layers is -1: Input should be greater than or equal"):
+    with pytest.raises(ShapeError, match=r"layers is -1: Input should be greater than or equal"):
         load_shape(str(file))
     file.write_text(sizes.replace("-1", "1") + "depth = 2\n")
-    with pytest.raises(ShapeError, match="depth is not a field"):
+    with pytest.raises(ShapeError, match=r"depth is not a field"):
         load_shape(str(file))
     file.write_text(sizes.replace("-1", "1"))
-    with pytest.raises(ShapeError, match="heads is 3, must be a multiple of 2"):
+    with pytest.raises(ShapeError, match=r"heads is 3, must be a multiple of 2"):
         load_shape(str(file))

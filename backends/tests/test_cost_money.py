@@ -71,7 +71,7 @@ def test_dollars_per_million_tokens():
     # 3,481 tokens/s are 12.53 million an hour: 3.76 / 12.53.
     assert dollars_per_mtok(3.76, 3481) == pytest.approx(0.300, rel=0.005)
     assert dollars_per_mtok(1.0, 1e6 / 3600) == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="tokens_per_s_device is 0"):
+    with pytest.raises(ValueError, match=r"tokens_per_s_device is 0"):
         dollars_per_mtok(1.0, 0)
 
 
@@ -88,12 +88,14 @@ def test_device_time_costs_and_burns():
 
 
 def test_prices_and_power_that_are_not_there():
-    with pytest.raises(DeviceError, match="no price 'free'; it has: hyperscaler, neocloud, rental"):
+    with pytest.raises(
+        DeviceError, match=r"no price 'free'; it has: hyperscaler, neocloud, rental"
+    ):
         price_of(load_device("h100"), "free")
-    with pytest.raises(DeviceError, match="no published price"):
+    with pytest.raises(DeviceError, match=r"no published price"):
         price_of(load_device("lp30"))
-    with pytest.raises(DeviceError, match="-1, must be at least 0"):
+    with pytest.raises(DeviceError, match=r"-1, must be at least 0"):
         price_of(load_device("h100"), per_hour=-1)
-    with pytest.raises(DeviceError, match="no published power"):
+    with pytest.raises(DeviceError, match=r"no published power"):
         power_of(load_device("lp30"))
     assert usage(load_device("lp30"), 1.0, price_of(load_device("h100")), True).joules == 0

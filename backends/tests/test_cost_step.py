@@ -233,7 +233,7 @@ def test_drafts_cost_passes_and_widen_the_step():
     assert plain.seconds(work) < drafting.seconds(work) < 2 * plain.seconds(work)
     prefill = StepWork.of(chunks=[(0, 64)])
     assert drafting.seconds(prefill) == pytest.approx(plain.seconds(prefill))
-    with pytest.raises(ShapeError, match="draft_tokens is 3, must be 0: llama-3.1-8b has no"):
+    with pytest.raises(ShapeError, match=r"draft_tokens is 3, must be 0: llama-3.1-8b has no"):
         StepCost(device, load_shape("llama-3.1-8b"), options=Options(draft_tokens=3))
 
 
@@ -266,11 +266,11 @@ def test_a_layout_that_cannot_be_is_named(make, message: str):
 
 
 def test_devices_that_cannot_answer_say_why():
-    with pytest.raises(DeviceError, match="cycle simulator"):
+    with pytest.raises(DeviceError, match=r"cycle simulator"):
         StepCost(load_device("lpu-v1"), SMALL)
     lp30 = StepCost(load_device("lp30"), SMALL, formats=Formats("fp8", "fp8"))
     assert lp30.seconds(StepWork.of((), [10])) > 0
-    with pytest.raises(DeviceError, match="peak.vector is missing"):
+    with pytest.raises(DeviceError, match=r"peak.vector is missing"):
         StepCost(load_device("lp30"), SMALL, formats=Formats("fp8", "k4v4"))
 
 

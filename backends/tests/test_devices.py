@@ -92,10 +92,10 @@ def test_unknown_devices_and_circles(tmp_path: Path):
         load_device("gb30")
     write(tmp_path, "a", 'extends = "b"\n')
     write(tmp_path, "b", 'extends = "a"\n')
-    with pytest.raises(DeviceError, match="from itself: a -> b -> a"):
+    with pytest.raises(DeviceError, match=r"from itself: a -> b -> a"):
         load_device("a", tmp_path)
     write(tmp_path, "c", 'title = "nothing else"\n')
-    with pytest.raises(DeviceError, match="peak is missing"):
+    with pytest.raises(DeviceError, match=r"peak is missing"):
         load_device("c", tmp_path)
-    with pytest.raises(DeviceError, match="not a folder"):
+    with pytest.raises(DeviceError, match=r"not a folder"):
         device_names(tmp_path / "none")

@@ -34,7 +34,7 @@ class ShapeError(BackendError):
 
 
 class DoesNotFit(ShapeError):
-    """A model's weights do not fit. `needed`: devices that would hold it, None if no number does."""
+    """A model's weights do not fit. needed: devices that would hold it, None if none would."""
 
     def __init__(self, message: str, needed: int | None) -> None:
         super().__init__(message)

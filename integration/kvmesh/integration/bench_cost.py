@@ -19,7 +19,7 @@ _WORKS = 2048  # different steps, so that nothing is found again
 
 @dataclass(frozen=True, slots=True)
 class CostRow:
-    """Evaluations per second of real time, median of the rounds. Nothing of a device is measured."""
+    """Evaluations per second of real time, medians. Nothing of a device is measured."""
 
     case: str
     steps_per_s: float
@@ -58,10 +58,18 @@ def bench_cost(rounds: int, advance: Callable[[], None]) -> list[CostRow]:
         steps, breakdowns = [], []
         for _ in range(rounds):
             steps.append(_rate(cost.seconds, works))
-            breakdowns.append(_rate(lambda work, cost=cost: cost.step(work).by_name(), works[:128]))
+            breakdowns.append(_rate(_Breakdown(cost), works[:128]))
             advance()
         rows.append(CostRow(name, statistics.median(steps), statistics.median(breakdowns)))
     return rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Breakdown:
+    cost: StepCost
+
+    def __call__(self, work: StepWork) -> dict[str, float]:
+        return self.cost.step(work).by_name()
 
 
 def _works() -> list[StepWork]:

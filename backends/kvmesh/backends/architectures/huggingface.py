@@ -1,4 +1,4 @@
-"""A model's shape from a Hugging Face config.json, for costs alone: more families than can be run."""
+"""A model's shape from a Hugging Face config.json, for costs: more families than can be run."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ FAMILIES = (*_PLAIN, *_MOE, *_GEMMA)
 
 
 def read_shape(path: Path) -> ModelShape:
-    """Raises CheckpointError for a file that is no JSON object, ShapeError for what is not known."""
+    """Raises CheckpointError for a file that is no JSON object, ShapeError for what is unknown."""
     fields = read_json(path)
     if isinstance(fields.get("text_config"), dict):  # vision and language: the decoder alone
         fields = fields["text_config"]

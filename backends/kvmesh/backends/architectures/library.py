@@ -26,7 +26,7 @@ def shape_names() -> list[str]:
 
 
 def load_shape(name: str) -> ModelShape:
-    """The shape of that name; or the one in a *.toml, a config.json, or a folder with a config.json.
+    """The shape of that name; or that of a *.toml, a config.json, or a folder with a config.json.
 
     Raises ShapeError naming the file, the field, its value and limit, or the nearest name, and
     CheckpointError for a config.json that cannot be read.

@@ -187,7 +187,7 @@ class ModelShape(Part):
 
     @property
     def active_parameters(self) -> int:
-        """Weights that one decoded token passes: the LM head counts, the embedding's look-up not."""
+        """Weights that a decoded token passes: the LM head counts, the embedding's look-up not."""
         return self._parameters(self.moe.top_k if self.moe else 0)
 
     def _mtp(self, experts: int) -> int:

@@ -73,4 +73,5 @@ def _loads(uniform: npt.NDArray[np.float64], tokens: int, top_k: int) -> npt.NDA
     for _ in range(8):  # what is above a token per expert goes to the others
         loads = np.minimum(loads, tokens)
         loads *= total / loads.sum(axis=1, keepdims=True)
-    return np.minimum(loads, tokens)
+    capped: npt.NDArray[np.float64] = np.minimum(loads, tokens)
+    return capped

@@ -1,4 +1,4 @@
-"""The ops of a decoder layer as terms: seconds of math, memory and links, linear in a step's features.
+"""The ops of a decoder layer as terms: seconds of math, memory and links, linear in the step.
 
 seconds of a term = max(math, memory, links) + floor. Each part is a sum of coefficient x feature
 (see shapes.F), so a whole step is one small matrix product. Sources of the rates: rates.py.
@@ -187,10 +187,11 @@ def _mla(plan: Plan, layers: float) -> Iterator[Term]:
     expand = plan.gemm("kv_up", up, weights, layers)
     yield Term(
         expand.name,
-        *({_KV_UP[f]: value for f, value in part.items()} for part in (expand.math, expand.memory)),
-        {},
-        {F.ANY_CHUNK: expand.floor[F.ANY]},
-        *({_KV_UP[f]: value for f, value in part.items()} for part in (expand.flops, expand.bytes)),
+        math=_for_chunks(expand.math),
+        memory=_for_chunks(expand.memory),
+        floor={F.ANY_CHUNK: expand.floor[F.ANY]},
+        flops=_for_chunks(expand.flops),
+        bytes=_for_chunks(expand.bytes),
     )
     for name, matrix in (
         ("absorb_q", Matrix(m.nope, m.kv_lora, heads)),
@@ -229,7 +230,10 @@ def _mla(plan: Plan, layers: float) -> Iterator[Term]:
     )
 
 
-_KV_UP = {F.TOKENS: F.CHUNK_CONTEXT, F.ANY: F.ANY_CHUNK}
+def _for_chunks(part: Coefficients) -> Coefficients:
+    """A product of all that the chunks attend to, instead of the step's tokens."""
+    features = {F.TOKENS: F.CHUNK_CONTEXT, F.ANY: F.ANY_CHUNK}
+    return {features[f]: value for f, value in part.items()}
 
 
 def _codec(plan: Plan, layers: float) -> Iterator[Term]:

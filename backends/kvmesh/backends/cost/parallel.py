@@ -100,7 +100,8 @@ def check_parallel(model: ModelShape, parallel: Parallel) -> None:
         )
     if p.pipeline > model.layers:
         raise ShapeError(
-            f"parallel.pipeline is {p.pipeline}, must be at most the {model.layers} layers of {name}"
+            f"parallel.pipeline is {p.pipeline}, must be at most the {model.layers} layers "
+            f"of {name}"
         )
     if model.moe is None:
         if p.expert > 1:

@@ -61,12 +61,12 @@ class StepWork:
         """An even share of it, rounded up."""
         if ranks == 1:
             return self
-        values = (getattr(self, name) for name in self.__slots__)
-        return StepWork(*(None if v is None else -(-v // ranks) for v in values))
+        shares = {name: getattr(self, name) for name in self.__slots__}
+        return StepWork(**{k: None if v is None else -(-v // ranks) for k, v in shares.items()})
 
 
 def attended_tokens(start: int, count: int) -> int:
-    """Sum over tokens [start, start + count) of the tokens that each attends to, itself included."""
+    """Sum over tokens [start, start + count) of the tokens that each attends to, itself too."""
     return count * start + count * (count + 1) // 2
 
 

@@ -159,8 +159,9 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
-        is_table = isinstance(value, dict) and isinstance(old, dict) and "value" not in value
-        result[key] = _merge(old, value) if is_table else value
+        if isinstance(value, dict) and isinstance(old, dict) and "value" not in value:
+            value = _merge(old, value)
+        result[key] = value
     return result
 
 
