@@ -61,8 +61,25 @@ class StepWork:
         """An even share of it, rounded up."""
         if ranks == 1:
             return self
-        shares = {name: getattr(self, name) for name in self.__slots__}
-        return StepWork(**{k: None if v is None else -(-v // ranks) for k, v in shares.items()})
+
+        def share(value: int) -> int:
+            return -(-value // ranks)
+
+        def maybe(value: int | None) -> int | None:
+            return None if value is None else share(value)
+
+        return StepWork(
+            share(self.prefill_tokens),
+            share(self.prefill_chunks),
+            share(self.prefill_attended),
+            share(self.prefill_context),
+            share(self.prefill_outputs),
+            share(self.decode_sequences),
+            share(self.decode_context),
+            maybe(self.windowed_attended),
+            maybe(self.windowed_prefill),
+            maybe(self.windowed_decode),
+        )
 
 
 def attended_tokens(start: int, count: int) -> int:
