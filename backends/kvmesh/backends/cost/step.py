@@ -1,6 +1,5 @@
 """StepCost: seconds of a step on one rank, op by op."""
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -82,7 +81,7 @@ class _Terms:
     def seconds(self, features: Floats) -> float:
         # Plain Python on a short list: a third of the time that more NumPy calls would take.
         n, parts = self._count, self._fast.dot(features).tolist()
-        return math.fsum((*map(max, parts[:n], parts[n : 2 * n], parts[2 * n : -1]), parts[-1]))
+        return float(sum(map(max, parts[:n], parts[n : 2 * n], parts[2 * n : -1]), parts[-1]))
 
     def ops(self, features: Floats) -> Iterator[OpTime]:
         parts = self._matrix.dot(features)
