@@ -23,3 +23,19 @@ class BackendUnavailable(BackendError):
     def __init__(self, message: str, failures: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.failures = dict(failures or {})
+
+
+class DeviceError(BackendError):
+    """A device file is unknown, malformed or holds a value out of its limits."""
+
+
+class ShapeError(BackendError):
+    """A model's shape is unknown or malformed, or a way to run it does not go with it."""
+
+
+class DoesNotFit(ShapeError):
+    """A model's weights do not fit. needed: devices that would hold it, None if none would."""
+
+    def __init__(self, message: str, needed: int | None) -> None:
+        super().__init__(message)
+        self.needed = needed

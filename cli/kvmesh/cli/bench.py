@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvmesh.cli.bench_codec import codec
+from kvmesh.cli.bench_cost import cost
 from kvmesh.cli.bench_serve import serve
 from kvmesh.cli.options import ConfigFile, Json, command
 from kvmesh.cli.progress import progress_bar
@@ -106,3 +107,4 @@ def _table(rows: "list[BenchRow]") -> None:
 app.command()(mesh)
 app.command()(codec)
 app.command()(serve)
+app.command()(cost)

@@ -48,11 +48,11 @@ def explain(error: Exception) -> tuple[str, int]:
     # Imported late: an error may take a moment longer, a start may not.
     import grpc
 
-    from kvmesh.backends.errors import BackendError
+    from kvmesh.backends.errors import BackendError, CheckpointError, DeviceError, ShapeError
     from kvmesh.integration.launch import MeshFailed
     from kvmesh.services.common.errors import ConfigError, MeshError, Overloaded, from_rpc
 
-    if isinstance(error, ConfigError):
+    if isinstance(error, ConfigError | CheckpointError | DeviceError | ShapeError):
         return str(error), USAGE
     if isinstance(error, (MeshFailed, BackendError)):
         return str(error), FAILED

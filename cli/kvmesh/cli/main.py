@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from kvmesh.cli import bench, evaluate, grpc_call, kv, model, trace
+from kvmesh.cli import bench, devices, evaluate, grpc_call, kv, model, plan, trace
 from kvmesh.cli.chat import chat
 from kvmesh.cli.demo import demo
 from kvmesh.cli.doctor import doctor
@@ -49,6 +49,8 @@ app.add_typer(grpc_call.app, name="grpc")
 app.add_typer(bench.app, name="bench")
 app.add_typer(evaluate.app, name="eval")
 app.add_typer(model.app, name="model")
+app.add_typer(devices.app, name="devices")
+app.add_typer(plan.app, name="plan")
 
 
 def main() -> None:

@@ -1,0 +1,334 @@
+"""The ops of a decoder layer as terms: seconds of math, memory and links, linear in the step.
+
+seconds of a term = max(math, memory, links) + floor. Each part is a sum of coefficient x feature
+(see shapes.F), so a whole step is one small matrix product. Sources of the rates: rates.py.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from kvmesh.backends.architectures import WEIGHT_BYTES, ModelShape
+from kvmesh.backends.architectures.shape import Matrix
+from kvmesh.backends.cost.links import Links
+from kvmesh.backends.cost.parallel import Formats, Options, Parallel
+from kvmesh.backends.cost.rates import Rate, Rates
+from kvmesh.backends.cost.shapes import F
+from kvmesh.backends.devices.device import Device
+from kvmesh.kernels.layout import BLOCK_SIZE, CODECS
+
+Coefficients = dict[F, float]
+_QUERY_TILE = 128  # query tokens of a chunk that share one reading and decoding of K and V
+_DECODE_FLOPS = 4  # per cached element: unpack (2), level, scale
+_ENCODE_FLOPS = 10  # per element, beside the rotation: norm (2), scale, thresholds, pack
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One op, all its layers together. Coefficients are seconds per unit of a feature; flops and
+    bytes are units per unit, for people."""
+
+    name: str
+    math: Coefficients = field(default_factory=dict)
+    memory: Coefficients = field(default_factory=dict)
+    link: Coefficients = field(default_factory=dict)
+    floor: Coefficients = field(default_factory=dict)
+    flops: Coefficients = field(default_factory=dict)
+    bytes: Coefficients = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What the terms of a step are built from; the same for every step of an instance."""
+
+    device: Device
+    model: ModelShape
+    parallel: Parallel
+    formats: Formats
+    options: Options
+    rates: Rates
+    width: int  # query tokens of a decoding sequence: 1 and the drafts
+
+    def term(
+        self, name: str, rate: Rate, flops: Coefficients, moved: Coefficients, floor: Coefficients
+    ) -> Term:
+        return Term(
+            name,
+            {f: value / rate.flops_s for f, value in flops.items()},
+            {f: value / rate.bytes_s for f, value in moved.items()},
+            {},
+            {f: value * rate.floor_s for f, value in floor.items()},
+            flops,
+            moved,
+        )
+
+    def gemm(self, name: str, matrix: Matrix, weights: str, count: float) -> Term:
+        """`count` products of the step's tokens with a matrix of this format."""
+        read = matrix.inputs * self.rates.activation_bytes(weights) + matrix.outputs * 2
+        return self.term(
+            name,
+            self.rates.gemm(weights),
+            {F.TOKENS: 2 * matrix.elements * count},
+            {F.ANY: matrix.elements * WEIGHT_BYTES[weights] * count, F.TOKENS: read * count},
+            {F.ANY: count},
+        )
+
+    def elementwise(self, name: str, token_bytes: float, count: float, kernels: float = 1) -> Term:
+        moved = {F.TOKENS: token_bytes * count}
+        return self.term(name, self.rates.elementwise(), {}, moved, {F.ANY: count * kernels})
+
+
+def layer_terms(plan: Plan, dense: float, experts: float) -> Iterator[Term]:
+    """Ops of `dense` layers with a plain FFN and `experts` layers with experts."""
+    layers = dense + experts
+    if plan.model.mla is None:
+        yield from _gqa(plan, layers)
+    else:
+        yield from _mla(plan, layers)
+    yield from _codec(plan, layers)
+    yield from _norms(plan, layers)
+    if dense:
+        yield from _ffn(plan, "ffn", plan.model.ffn / plan.parallel.tensor, dense)
+    if experts:
+        yield from _moe(plan, experts)
+    reduces = layers + dense + (0 if plan.parallel.exchanges else experts)
+    if plan.parallel.tensor > 1:
+        yield Term("all_reduce", link={F.ALL_REDUCE_S: reduces})
+
+
+def head_terms(plan: Plan, count: float = 1) -> Iterator[Term]:
+    """The LM head over the rows that need logits, and the gap in which only the host works."""
+    model = plan.model
+    matrix = Matrix(model.hidden, math.ceil(model.vocab / plan.parallel.tensor))
+    read = 2 * (matrix.inputs + matrix.outputs)
+    yield plan.term(
+        "head",
+        plan.rates.gemm("bf16"),
+        {F.LOGITS: 2 * matrix.elements * count},
+        {F.ANY_LOGITS: 2 * matrix.elements * count, F.LOGITS: read * count},
+        {F.ANY_LOGITS: count},
+    )
+
+
+def host_term(plan: Plan) -> Term:
+    found = plan.rates.efficiency
+    step, sequence = (found.host.step_s.value, found.host.sequence_s.value) if found else (0.0, 0.0)
+    return Term("host", floor={F.ANY: step, F.SEQUENCES: sequence})
+
+
+def _gqa(plan: Plan, layers: float) -> Iterator[Term]:
+    model, t, weights = plan.model, plan.parallel.tensor, plan.formats.projections
+    heads, kv_heads = model.heads // t, max(1, model.kv_heads // t)
+    dim = model.head_dim
+    yield plan.gemm("qkv", Matrix(model.hidden, (heads + 2 * kv_heads) * dim), weights, layers)
+    yield plan.gemm("output", Matrix(heads * dim, model.hidden), weights, layers)
+    yield plan.elementwise("rope_cache", (2 * heads + 4 * kv_heads) * dim * 2, layers)
+    share = kv_heads / model.kv_heads
+    local = layers * model.window_layers / model.layers
+    kinds = (
+        ("attention", layers - local, F.ATTENDED, F.CHUNK_CONTEXT, F.DECODE_CONTEXT),
+        ("window_attention", local, F.W_ATTENDED, F.W_CHUNK_CONTEXT, F.W_DECODE_CONTEXT),
+    )
+    kv = model.kv_layer_bytes(plan.formats.kv) * share
+    elements = 2 * kv_heads * dim
+    query = 2 * heads * dim * 2  # read q, write the output
+    for name, count, attended, chunk, decode in kinds:
+        if not count:
+            continue
+        flops = 4 * heads * dim
+        yield _attend(
+            plan,
+            f"{name}_context",
+            plan.rates.context_attention(plan.formats.kv),
+            {attended: flops * count},
+            {chunk: kv * count},
+            ({attended: elements / _QUERY_TILE * count}, {F.ANY_CHUNK: count}),
+        )
+        yield _attend(
+            plan,
+            f"{name}_decode",
+            plan.rates.decode_attention(plan.formats.kv, latent=False),
+            {decode: flops * plan.width * count},
+            {decode: kv * count, F.DECODE: query * count},
+            ({decode: elements * count}, {F.ANY_DECODE: count}),
+        )
+
+
+def _attend(
+    plan: Plan,
+    name: str,
+    rate: Rate,
+    flops: Coefficients,
+    moved: Coefficients,
+    decoded: tuple[Coefficients, Coefficients],
+) -> Term:
+    """decoded: (cached elements that are decoded, once per reading; floors)."""
+    elements, floor = decoded
+    term = plan.term(name, rate, flops, moved, floor)
+    if _encoded(plan.formats.kv):
+        rate_s = plan.rates.vector_flops_s()
+        for feature, count in elements.items():
+            term.math[feature] = term.math.get(feature, 0.0) + count * _DECODE_FLOPS / rate_s
+    return term
+
+
+def _encoded(kv: str) -> bool:
+    return kv in CODECS and CODECS[kv].key_scales
+
+
+def _mla(plan: Plan, layers: float) -> Iterator[Term]:
+    """Decode works on the latent (absorbed projections), chunks on full keys and values."""
+    model, weights = plan.model, plan.formats.projections
+    assert model.mla is not None
+    m, heads = model.mla, model.heads // plan.parallel.tensor
+    yield plan.gemm("q_kv_down", Matrix(model.hidden, m.q_lora + m.cached), weights, layers)
+    yield plan.gemm("q_up", Matrix(m.q_lora, heads * (m.nope + m.rope)), weights, layers)
+    up = Matrix(m.kv_lora, heads * (m.nope + m.value))
+    expand = plan.gemm("kv_up", up, weights, layers)
+    yield Term(
+        expand.name,
+        math=_for_chunks(expand.math),
+        memory=_for_chunks(expand.memory),
+        floor={F.ANY_CHUNK: expand.floor[F.ANY]},
+        flops=_for_chunks(expand.flops),
+        bytes=_for_chunks(expand.bytes),
+    )
+    for name, matrix in (
+        ("absorb_q", Matrix(m.nope, m.kv_lora, heads)),
+        ("absorb_v", Matrix(m.kv_lora, m.value, heads)),
+    ):
+        yield plan.term(
+            name,
+            plan.rates.gemm("bf16"),
+            {F.DECODE: 2 * matrix.elements * layers},
+            {
+                F.ANY_DECODE: 2 * matrix.elements * layers,
+                F.DECODE: 2 * heads * (matrix.inputs + matrix.outputs) * layers,
+            },
+            {F.ANY_DECODE: layers},
+        )
+    yield plan.gemm("output", Matrix(heads * m.value, model.hidden), weights, layers)
+    # Two kernels: the norms of the two latents; rotation, quantisation and the cache.
+    yield plan.elementwise("rope_cache", heads * m.cached * 3 + m.cached * 4, layers, 2)
+    kv = model.kv_layer_bytes(plan.formats.kv)
+    yield _attend(
+        plan,
+        "attention_context",
+        plan.rates.context_attention(plan.formats.kv),
+        {F.ATTENDED: 2 * heads * (m.nope + m.rope + m.value) * layers},
+        {F.CHUNK_CONTEXT: (kv + 2 * heads * (m.nope + m.rope + m.value)) * layers},
+        ({F.CHUNK_CONTEXT: m.cached * layers}, {F.ANY_CHUNK: layers}),
+    )
+    query = heads * (m.cached * (1 if plan.formats.kv == "fp8" else 2) + m.kv_lora * 2)
+    yield _attend(
+        plan,
+        "attention_decode",
+        plan.rates.decode_attention(plan.formats.kv, latent=True),
+        {F.DECODE_CONTEXT: 2 * heads * (m.cached + m.kv_lora) * plan.width * layers},
+        {F.DECODE_CONTEXT: kv * layers, F.DECODE: query * layers},
+        ({F.DECODE_CONTEXT: m.cached * layers}, {F.ANY_DECODE: layers}),
+    )
+
+
+def _for_chunks(part: Coefficients) -> Coefficients:
+    """A product of all that the chunks attend to, instead of the step's tokens."""
+    features = {F.TOKENS: F.CHUNK_CONTEXT, F.ANY: F.ANY_CHUNK}
+    return {features[f]: value for f, value in part.items()}
+
+
+def _codec(plan: Plan, layers: float) -> Iterator[Term]:
+    """Encoding new keys and values, and rotating queries and outputs (Hadamard, d log2 d)."""
+    if not _encoded(plan.formats.kv):
+        return
+    model, t = plan.model, plan.parallel.tensor
+    heads = model.heads // t
+    if model.mla is None:
+        dim, elements = model.head_dim, 2 * max(1, model.kv_heads // t) * model.head_dim
+        queries = 2 * heads * dim
+    else:
+        dim, elements = min(256, model.mla.kv_lora), model.mla.cached
+        queries = heads * (model.mla.cached + model.mla.kv_lora)
+    rotation = math.log2(dim)
+    flops = {F.TOKENS: (elements * (_ENCODE_FLOPS + rotation) + queries * rotation) * layers}
+    written = model.kv_layer_bytes(plan.formats.kv) / max(1, min(t, model.kv_heads))
+    moved = {F.TOKENS: (2 * elements + written) * layers}
+    rate = plan.rates.elementwise()._replace(flops_s=plan.rates.vector_flops_s())
+    yield plan.term("codec", rate, flops, moved, {F.SEALS: layers})
+
+
+def _norms(plan: Plan, layers: float) -> Iterator[Term]:
+    per_layer = 4 if plan.model.post_norms else 2
+    kernels = 1 if plan.options.fused else 3  # beside the norm: the residual sum, the quantiser
+    token_bytes = 4 * plan.model.hidden * 2 * (1 if plan.options.fused else 2)
+    yield plan.elementwise("norms", token_bytes, layers * per_layer, kernels)
+
+
+def _ffn(plan: Plan, name: str, ffn: float, count: float) -> Iterator[Term]:
+    hidden, weights, width = plan.model.hidden, plan.formats.weights, math.ceil(ffn)
+    yield plan.gemm(f"{name}_up", Matrix(hidden, 2 * width), weights, count)
+    yield plan.gemm(f"{name}_down", Matrix(width, hidden), weights, count)
+    kernels = 1 if plan.options.fused else 2
+    yield plan.elementwise(f"{name}_activation", 3 * width * 2, count, kernels)
+
+
+def _moe(plan: Plan, count: float) -> Iterator[Term]:
+    model, parallel = plan.model, plan.parallel
+    assert model.moe is not None
+    yield plan.gemm("router", Matrix(model.hidden, model.moe.experts), "bf16", count)
+    if model.moe.shared:
+        shared = model.moe.shared * model.moe.ffn / (1 if parallel.exchanges else parallel.tensor)
+        yield from _ffn(plan, "shared", shared, count)
+    yield from expert_terms(plan, count)
+    if parallel.exchanges:
+        yield from _exchanges(plan, count)
+
+
+def expert_terms(plan: Plan, count: float) -> Iterator[Term]:
+    """The routed experts on the busiest rank, as MoE tables measure them: products, then moving
+    each token of the group in and out of the order of experts."""
+    model, weights = plan.model, plan.formats.weights
+    assert model.moe is not None
+    split = plan.parallel.expert_split
+    elements = model.expert_elements / split
+    inner = model.moe.ffn / split
+    yield plan.term(
+        "experts",
+        plan.rates.experts(weights),
+        {F.ASSIGNMENTS: 2 * elements * count},
+        {F.EXPERTS: elements * WEIGHT_BYTES[weights] * count},
+        {F.ANY: count},
+    )
+    size = plan.rates.activation_bytes(weights)
+    per_assignment = 8 * inner + inner * size * 2 + 4 * model.hidden
+    per_token = model.hidden * (2 + size + 4)
+    yield plan.term(
+        "moe_tokens",
+        plan.rates.elementwise()._replace(floor_s=0.0),
+        {},
+        {F.ASSIGNMENTS: per_assignment * count, F.GROUP_TOKENS: per_token * count},
+        {},
+    )
+
+
+def _exchanges(plan: Plan, count: float) -> Iterator[Term]:
+    links = Links(plan.device, plan.parallel.expert)
+    sizes = exchange_bytes(plan)
+    floors = (links.dispatch_floor_s, links.combine_floor_s)
+    for name, size, floor in zip(("dispatch", "combine"), sizes, floors, strict=True):
+        yield Term(
+            name,
+            link={F.VISITS: size * links.exchange_byte_s() * count},
+            floor={F.ANY: (floor + links.exchange_latency_s) * count},
+            bytes={F.VISITS: size * count},
+        )
+
+
+def exchange_bytes(plan: Plan) -> tuple[float, float]:
+    """Bytes of a token that goes to an expert (in the math's format) and comes back (bf16)."""
+    hidden = plan.model.hidden
+    return hidden * plan.rates.activation_bytes(plan.formats.weights), hidden * 2
+
+
+def seal_share(tokens: float) -> float:
+    """The share of steps in which some block fills up."""
+    return min(1.0, tokens / BLOCK_SIZE)

@@ -1,0 +1,99 @@
+"""Published results against predictions, row by row: what the simulation may be trusted with.
+
+A row is worked out from the cost model, never looked up. Other modules add theirs by a function in
+ROWS; each is called once and may give any number of rows.
+"""
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from kvmesh.backends.cost.price import dollars_per_mtok
+from kvmesh.backends.devices import load_device
+from kvmesh.integration.calibration.kernels import Kernel, kernel_cases
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationRow:
+    """published, predicted: in `unit`. error: relative, or for a row that sums others up, the
+    median of their absolute errors. tolerance: the most that abs(error) may be."""
+
+    id: str
+    case: str
+    unit: str
+    published: float
+    predicted: float
+    error: float
+    tolerance: float
+
+    @property
+    def within(self) -> bool:
+        return abs(self.error) <= self.tolerance
+
+
+def compare(
+    row_id: str, case: str, unit: str, published: float, predicted: float, tolerance: float
+) -> CalibrationRow:
+    """A row whose error is relative to what was published."""
+    error = predicted / published - 1
+    return CalibrationRow(row_id, case, unit, published, predicted, error, tolerance)
+
+
+def kernel_rows() -> Iterator[CalibrationRow]:
+    """C1: the median error of each kind of kernel and of all, then every kernel as C1.kind. A
+    single kernel has no tolerance of its own, only the medians have."""
+    cases = kernel_cases()
+    kinds = {case.kind: [each for each in cases if each.kind == case.kind] for case in cases}
+    yield _median("all kernels", cases)
+    for kind, members in kinds.items():
+        yield _median(kind, members)
+    for each in cases:
+        yield CalibrationRow(
+            f"C1.{each.kind}",
+            each.case,
+            "us",
+            each.published_us,
+            each.predicted_us,
+            each.error,
+            float("inf"),
+        )
+
+
+def _median(name: str, cases: list[Kernel]) -> CalibrationRow:
+    published = statistics.median(case.published_us for case in cases)
+    predicted = statistics.median(case.predicted_us for case in cases)
+    error = statistics.median(abs(case.error) for case in cases)
+    case = f"{name}: median error of {len(cases)}"
+    return CalibrationRow("C1", case, "us", published, predicted, error, 0.15)
+
+
+def price_rows() -> Iterator[CalibrationRow]:
+    """C12: arithmetic, the stated dollars of a stated throughput at a stated price."""
+    predicted = dollars_per_mtok(3.76, 3481)
+    case = "DeepSeek-R1 Interactive, 3,481 tok/s per GPU at 3.76 dollars per hour"
+    yield compare("C12", case, "$/Mtok", 0.300, predicted, 0.005)
+
+
+def lpu_rows() -> Iterator[CalibrationRow]:
+    """C13: what the geometry of the first LPU comes to, exactly."""
+    chip = load_device("lpu-v1").chip
+    assert chip is not None
+    lanes, planes = chip.lanes.value, chip.mxm_planes.value
+    one_way = chip.streams_per_direction.value * lanes
+    weights = planes * lanes**2
+    for case, unit, published, predicted in (
+        ("INT8 peak at 1 GHz", "TOPS", 819.2, 2 * weights * 1e9 / 1e12),
+        ("weights of four planes installed", "cycles", 40, weights / one_way),
+        ("streams", "B/cycle", 20480, 2 * one_way),
+        ("memory", "B/cycle", 56320, chip.mem_slices.value * 2 * lanes),
+    ):
+        yield compare("C13", case, unit, published, predicted, 0.0)
+
+
+RowSource = Callable[[], Iterator[CalibrationRow]]
+ROWS: tuple[RowSource, ...] = (kernel_rows, price_rows, lpu_rows)
+
+
+def calibration_rows(sources: tuple[RowSource, ...] = ROWS) -> list[CalibrationRow]:
+    """All rows, in the order of their sources."""
+    return [row for source in sources for row in source()]

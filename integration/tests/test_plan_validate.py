@@ -1,0 +1,69 @@
+"""Calibration: predictions are worked out, and judged by what was published."""
+
+import json
+import statistics
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+import kvmesh.integration.validate as validate
+from kvmesh.cli.main import app
+from kvmesh.integration.calibration.kernels import kernel_cases
+
+
+def test_every_kind_of_kernel_is_within_its_tolerance():
+    rows = [row for row in validate.calibration_rows() if row.id == "C1"]
+    assert {row.case.split(":")[0] for row in rows} == {
+        "all kernels", "gemm", "attention", "mla_block", "moe", "all_to_all", "all_reduce",
+    }  # fmt: skip
+    assert all(row.within for row in rows)
+
+
+def test_the_medians_are_those_of_the_kernels():
+    cases = kernel_cases()
+    assert len(cases) == 2 * 18 + 2 * 12 + 12 + 120 + 20 + 30
+    rows = {row.case.split(":")[0]: row for row in validate.kernel_rows() if row.id == "C1"}
+    moe = [abs(case.predicted_us / case.published_us - 1) for case in cases if case.kind == "moe"]
+    assert rows["moe"].error == pytest.approx(statistics.median(moe))
+
+
+def test_published_kernels_are_the_tables():
+    published = {case.case: case.published_us for case in kernel_cases()}
+    assert published["gb300 batch 512 x 4096"] == pytest.approx(402)
+    assert published["h200 fp8_block EP8 power_law 16384"] == pytest.approx(4182)
+    assert published["gb200 combine EP32 one-sided 128"] == pytest.approx(48)
+    # 2 x 4,096^3 at .78 of 989 TFLOP/s.
+    assert published["h100 bf16 4096^3"] == pytest.approx(2 * 4096**3 / 989e12 / 0.78 * 1e6)
+
+
+def test_power_law_rows_are_predicted_by_constants_fitted_on_balanced_ones():
+    errors = [abs(c.error) for c in kernel_cases() if c.kind == "moe" and "power_law" in c.case]
+    assert statistics.median(errors) < 0.15
+
+
+def test_arithmetic_rows():
+    rows = {row.case.split(",")[0]: row for row in validate.calibration_rows() if row.id != "C1"}
+    assert rows["DeepSeek-R1 Interactive"].predicted == pytest.approx(3.76e6 / 3600 / 3481)
+    assert rows["INT8 peak at 1 GHz"].predicted == 4 * 320 * 320 * 2 / 1000
+    assert rows["streams"].predicted == 64 * 320
+    assert rows["memory"].predicted == 88 * 640
+    assert rows["weights of four planes installed"].error == 0
+
+
+def test_a_row_beyond_its_tolerance_fails_the_command(monkeypatch: pytest.MonkeyPatch):
+    row = validate.compare("C0", "made up", "us", 100.0, 121.0, 0.2)
+    assert row.error == pytest.approx(0.21) and not row.within
+    assert replace(row, tolerance=0.22).within
+    run = CliRunner()
+    monkeypatch.setattr(validate, "calibration_rows", lambda: [row])
+    result = run.invoke(app, ["plan", "validate"])
+    assert result.exit_code == 1 and "beyond" in result.stdout
+
+
+def test_validate_prints_one_document():
+    result = CliRunner().invoke(app, ["plan", "validate", "--json"])
+    assert result.exit_code == 0
+    told = json.loads(result.stdout)
+    assert told["simulated"] is True and told["ok"] is True
+    assert {row["id"] for row in told["rows"]} >= {"C1", "C1.moe", "C12", "C13"}
