@@ -69,8 +69,12 @@ class TextCodec:
         before, after = self._frame
         return Encoded(self._with_bos([*before, *encoded.ids, *after]), encoded.cached_chars)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> Encoded:
-        """`messages` (role, content) through the chat template, up to where the answer begins.
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> Encoded:
+        """`messages` (role, content ...) through the chat template, up to where the answer begins.
 
         Raises InvalidRequest if there are none, they are too long, or the template refuses them.
         """
@@ -78,8 +82,10 @@ class TextCodec:
             raise InvalidRequest("the chat prompt has no messages, must have at least 1")
         if self._template is None:
             raise InvalidRequest("this model has no chat template; send the prompt as text")
-        self._check_size("".join(text for message in messages for text in message.values()))
-        text = self._template.render(messages)
+        contents = "".join(message["content"] for message in messages)
+        if contents:  # checked before the template works on it; that may add to it, or be all of it
+            self._check_size(contents)
+        text = self._template.render(messages, tools)
         self._check_size(text)
         return self._encoder.encode(text)
 

@@ -1,6 +1,7 @@
 """A worker process: the model, the engine, the RPC service and the membership, in their order."""
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 
 import grpc
@@ -15,12 +16,15 @@ from kvmesh.services.common.errors import ConfigError
 from kvmesh.services.common.lease import MembershipLease
 from kvmesh.services.common.process import ProcessContext, listen_port
 from kvmesh.services.common.server import Listener
+from kvmesh.services.worker.constraint import Grammars, open_grammars
 from kvmesh.services.worker.hub import Hub
 from kvmesh.services.worker.limits import Limits
 from kvmesh.services.worker.messages import model_info
 from kvmesh.services.worker.servicer import WorkerServicer
 from kvmesh.services.worker.transfer import Transfer
 from kvmesh.v1 import mesh_pb2, worker_pb2_grpc
+
+logger = logging.getLogger(__name__)
 
 SERVICE_NAME = "kvmesh.v1.Worker"
 KIND = "worker"
@@ -67,6 +71,16 @@ def limits_of(worker: WorkerConfig, model: Model) -> Limits:
     )
 
 
+def _open_grammars(config: MeshConfig, model: Model) -> Grammars | None:
+    """None, and a warning, if the model's tokenizer cannot be used for output constraints."""
+    try:
+        spec = model.spec
+        return open_grammars(checkpoint_path(config.model), spec.vocab_size, spec.eos_token_ids)
+    except ConfigError as error:
+        logger.warning("requests with an output constraint will be refused: %s", error)
+        return None
+
+
 class WorkerService:
     """Implements common.server.Service. opener: for models that no backend's name stands for."""
 
@@ -103,6 +117,7 @@ class WorkerService:
         config, context = self._context.config, self._context
         try:
             model = await asyncio.to_thread(self._opener, config, self._worker)
+            grammars = await asyncio.to_thread(_open_grammars, config, model)
         except BackendError as error:  # trying again would not mend a checkpoint or a machine
             raise ConfigError(str(error)) from error
         self._model = model
@@ -116,6 +131,7 @@ class WorkerService:
         limits = limits_of(self._worker, model)
         hub = Hub(model, limits, self._transfer, context.telemetry, context.incarnation)
         self._hub = hub
+        hub.grammars = grammars
         hub.start()
         await hub.probe()
         self._servicer.serve(hub, model.device)
