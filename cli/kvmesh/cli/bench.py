@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvmesh.cli.bench_codec import codec
+from kvmesh.cli.bench_edge import edge
 from kvmesh.cli.options import ConfigFile, Json, command
 from kvmesh.cli.progress import progress_bar
 from kvmesh.cli.render import console, milliseconds, print_json, print_table
@@ -39,12 +40,13 @@ async def mesh(
 
     from kvmesh.integration.bench_mesh import BenchPlan, bench_mesh
     from kvmesh.integration.machine import describe_machine
-    from kvmesh.services.common.config import WorkerConfig, load_config
+    from kvmesh.services.common.config import GatewayConfig, WorkerConfig, load_config
 
     loaded = load_config(config)
     workers = loaded.workers if config else (WorkerConfig(role="both"),)
     router = loaded.router.model_copy(update={"port": 0})
-    ready = loaded.model_copy(update={"workers": workers, "router": router})
+    parts = {"workers": workers, "router": router, "gateway": GatewayConfig(enabled=False)}
+    ready = loaded.model_copy(update=parts)
     plan = replace(
         BenchPlan(),
         concurrency=tuple(int(part) for part in concurrency.split(",")),
@@ -94,3 +96,4 @@ def _table(rows: "list[BenchRow]") -> None:
 
 app.command()(mesh)
 app.command()(codec)
+app.command()(edge)

@@ -12,6 +12,7 @@ from kvmesh.services.common.process import MESH_PORT_VARIABLE, PORT_VARIABLE
 
 ROUTER = "router"
 TOKENIZER = "tokenizer"
+GATEWAY = "gateway"
 PORT_VARIABLES = (PORT_VARIABLE, MESH_PORT_VARIABLE)
 CONFIG_EXIT = 2  # a process that ends with this has a configuration that cannot work
 
@@ -28,7 +29,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MemberPlan:
-    """One process. kind: router, tokenizer, kvcache, worker; role: of workers, else empty."""
+    """One process. kind: router, tokenizer, kvcache, worker, gateway. role: of workers only."""
 
     member_id: str
     kind: str
@@ -45,16 +46,17 @@ def plan_members(config: MeshConfig) -> tuple[MemberPlan, ...]:
         MemberPlan(TOKENIZER, TOKENIZER),
         *shards,
         *workers,
+        *((MemberPlan(GATEWAY, GATEWAY),) if config.gateway.enabled else ()),
     )
 
 
 def stop_order(members: tuple[MemberPlan, ...]) -> tuple[tuple[str, ...], ...]:
     """Member ids in the groups that stop one after another, each when the one before is gone.
 
-    The router first: it takes no new requests and lets the running ones end, for which it needs
-    all the others.
+    The gateway first, then the router: each takes no new requests and lets the running ones end,
+    for which it needs all that come after.
     """
-    kinds = (ROUTER, "worker", "kvcache", TOKENIZER)
+    kinds = (GATEWAY, ROUTER, "worker", "kvcache", TOKENIZER)
     groups = (tuple(m.member_id for m in members if m.kind == kind) for kind in kinds)
     return tuple(group for group in groups if group)
 

@@ -94,6 +94,10 @@ class TextCodec:
         self.check_ids(token_ids)
         return self._tokenizer.decode(token_ids, skip_special_tokens=not keep_special_tokens)
 
+    def token(self, token_id: int) -> bytes:
+        """The UTF-8 of one token, which may be a part of a character."""
+        return self._pieces.token_bytes(token_id)
+
     def open_detokenizer(
         self,
         stop: Sequence[str] = (),
