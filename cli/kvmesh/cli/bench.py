@@ -45,8 +45,8 @@ async def mesh(
     loaded = load_config(config)
     workers = loaded.workers if config else (WorkerConfig(role="both"),)
     router = loaded.router.model_copy(update={"port": 0})
-    parts = {"workers": workers, "router": router, "gateway": GatewayConfig(enabled=False)}
-    ready = loaded.model_copy(update=parts)
+    changed = {"workers": workers, "router": router, "gateway": GatewayConfig(enabled=False)}
+    ready = loaded.model_copy(update=changed)
     plan = replace(
         BenchPlan(),
         concurrency=tuple(int(part) for part in concurrency.split(",")),

@@ -37,12 +37,12 @@ async def edge(
     from kvmesh.services.common.config import GatewayConfig, WorkerConfig, load_config
 
     loaded = load_config(config)
-    parts: dict[str, object] = {
+    changed: dict[str, object] = {
         "router": loaded.router.model_copy(update={"port": 0}),
         "gateway": GatewayConfig(port=0),
         "workers": loaded.workers if config else (WorkerConfig(role="both"),),
     }
-    ready = loaded.model_copy(update=parts)
+    ready = loaded.model_copy(update=changed)
     plan = replace(
         EdgePlan(),
         concurrency=tuple(int(part) for part in concurrency.split(",")),
