@@ -3,15 +3,19 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.types import Message
 
 from kvmesh.services.common.config import GatewayConfig
 from kvmesh.services.common.errors import InvalidRequest
+from kvmesh.services.common.security import Security
 from kvmesh.services.common.telemetry import Telemetry
 from kvmesh.services.gateway.app import Edge, make_app
+from kvmesh.services.gateway.transport import HttpListener
 from kvmesh.v1 import common_pb2, inference_pb2
 
 WAIT_S = 10.0
@@ -173,3 +177,28 @@ class Caller:
         async with asyncio.timeout(WAIT_S):
             await make_app(self.edge)(scope, receive, send)
         return reply
+
+
+@asynccontextmanager
+async def served(mesh: FakeMesh, **config: Any) -> AsyncIterator[tuple[str, int]]:
+    """The address of an edge that listens."""
+    edge = edge_of(mesh, **config)
+    server = HttpListener("127.0.0.1", 0, make_app(edge), edge.config).open(Security())
+    try:
+        parts = urlsplit(await server.bind())
+        assert parts.hostname and parts.port
+        yield parts.hostname, parts.port
+    finally:
+        await server.stop(0)
+
+
+async def exchange(address: tuple[str, int], data: bytes) -> tuple[int, bytes]:
+    """Sends bytes, then reads until the server closes: the status and the body."""
+    reader, writer = await asyncio.open_connection(*address)
+    try:
+        async with asyncio.timeout(WAIT_S):
+            writer.write(data)
+            head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    finally:
+        writer.close()
+    return int(head.split(b" ")[1]), body

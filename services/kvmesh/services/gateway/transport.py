@@ -181,7 +181,7 @@ class HttpServer:
                 ssl_keyfile=key,
             )
         )
-        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # else: a line per bad request
         self._task = asyncio.create_task(self._server.serve([sock]), name="http")
         async with asyncio.timeout(START_S):
             while not self._server.started:
