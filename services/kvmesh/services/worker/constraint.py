@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 TOKENIZER_FILE = "tokenizer.json"
 MAX_CACHED = 32  # compiled grammars; requests of one service mostly share a few
 MAX_ERROR_CHARS = 400
-# Between the parts of a JSON text. Without a bound, a model may say blanks for ever.
-WHITESPACE: "JsonCompileOptions" = {"whitespace_pattern": r"[ \n\t]{0,16}"}
+# Between the parts of a JSON text. Allowed more, a model may say blanks until its tokens run out.
+WHITESPACE: "JsonCompileOptions" = {"whitespace_pattern": " ?"}
 # About 20 ms of compilation and 15 ms of one mask at most, by llguidance's own figures for its
 # fuel: a constraint can fail for being too complex, and never hold up the steps of others for long.
 LIMITS = LLParserLimits(
