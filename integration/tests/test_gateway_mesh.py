@@ -26,7 +26,7 @@ pytestmark = pytest.mark.timeout(240)
 ASK: list[ChatCompletionMessageParam] = [
     {"role": "user", "content": "The code of Mirado is 5. What is the code of Mirado?"}
 ]
-# The edge has no way to say whether a schema's text is long: this one makes the model say a lot.
+# Long enough that a worker can be killed in the middle of it.
 LONG = {
     "type": "object",
     "properties": {
@@ -210,6 +210,19 @@ async def test_a_full_mesh_answers_429(tmp_path: Path) -> None:
         await stream.close()
 
 
+class KillAfter:
+    """Kills a worker once, when a request has said `count` tokens."""
+
+    def __init__(self, mesh: Mesh, worker: str, count: int) -> None:
+        self._kill = lambda: mesh.kill(worker, signal.SIGKILL)
+        self._left = count
+
+    def __call__(self, response: inference_pb2.GenerateResponse) -> None:
+        before, self._left = self._left, self._left - len(response.token_ids)
+        if before > 0 >= self._left:
+            self._kill()
+
+
 async def test_a_constraint_survives_hand_over_and_migration(tmp_path: Path) -> None:
     workers = [WorkerConfig(role="prefill"), WorkerConfig(role="decode", count=2)]
     schema = json.dumps(LONG)
@@ -226,27 +239,13 @@ async def test_a_constraint_survives_hand_over_and_migration(tmp_path: Path) -> 
     async with running_mesh(config, tmp_path) as mesh, inference(await ready(mesh)) as client:
         calm = await run_request(client, request)
         assert calm.error == "" and calm.usage.prefill_worker
-        killed = ""
-
-        def kill_once(response: inference_pb2.GenerateResponse) -> None:
-            nonlocal killed
-            progress.append(len(response.token_ids))
-            if not killed and sum(progress) > 20:
-                killed = calm.usage.decode_worker
-                for worker in ("worker-1", "worker-2"):
-                    if worker == victim:
-                        mesh.kill(worker, signal.SIGKILL)
-
-        for victim in ("worker-1", "worker-2"):
-            progress: list[int] = []
-            killed = ""
-            moved = await run_request(client, request, kill_once)
+        for victim in ("worker-1", "worker-2"):  # one of them runs it
+            moved = await run_request(client, request, KillAfter(mesh, victim, 20))
             assert moved.error == ""
             assert moved.token_ids == calm.token_ids
-            await mesh.wait_restarted(victim, 1)
-            await mesh.wait_ready()
             if moved.usage.migrations:
                 break
+            await mesh.wait_restarted(victim, 1)
         assert moved.usage.migrations >= 1
     found = json.loads(calm.text)
     assert len(found["names"]) == 12 and all(8 <= len(name) <= 12 for name in found["names"])

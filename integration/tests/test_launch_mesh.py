@@ -19,7 +19,13 @@ from kvmesh.integration.launch import running_mesh
 from kvmesh.integration.launch_health import is_serving
 from kvmesh.integration.launch_state import process_runs, read_state, running_state
 from kvmesh.services.common.client import Link
-from kvmesh.services.common.config import KvCacheConfig, MeshConfig, RouterConfig, WorkerConfig
+from kvmesh.services.common.config import (
+    GatewayConfig,
+    KvCacheConfig,
+    MeshConfig,
+    RouterConfig,
+    WorkerConfig,
+)
 from kvmesh.services.router.client import InferenceClient
 from kvmesh.v1 import inference_pb2
 
@@ -27,6 +33,8 @@ WAIT_S = 120.0
 # Blocks are few, so that the meshes of one test run do not claim half of the memory each.
 SMALL = """
 [router]
+port = 0
+[gateway]
 port = 0
 [kvcache]
 shards = {shards}
@@ -47,6 +55,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     result = kvmesh(run_dir, "up", "--detach", "--config", str(folder / "mesh.toml"))
     assert result.exit_code == 0, result.output + logs(run_dir)
     assert "ready at 127.0.0.1:" in result.stdout
+    assert "OpenAI's API at http://127.0.0.1:" in result.stdout
     state = running_state(run_dir)
     assert state is not None
     yield run_dir
@@ -81,7 +90,7 @@ def logs(run_dir: Path) -> str:
 
 def test_launch_mesh_status_shows_all_members(mesh: Path):
     members = {m["member_id"]: m for m in answer(mesh, "status")["members"]}
-    assert sorted(members) == ["kvcache-0", "router", "tokenizer", "worker-0"]
+    assert sorted(members) == ["gateway", "kvcache-0", "router", "tokenizer", "worker-0"]
     assert {m["state"] for m in members.values()} == {"serving"}
     assert members["worker-0"]["blocks_total"] == 256
     state = running_state(mesh)
@@ -200,6 +209,7 @@ async def generate_ids(client: InferenceClient) -> list[int]:
 async def test_launch_mesh_brings_killed_members_back(tmp_path: Path):
     config = MeshConfig(
         router=RouterConfig(port=0, lease_s=1.0),
+        gateway=GatewayConfig(port=0),
         kvcache=KvCacheConfig(shards=1, max_bytes=16 << 20),
         workers=(WorkerConfig(blocks=256),),
     )
@@ -209,7 +219,7 @@ async def test_launch_mesh_brings_killed_members_back(tmp_path: Path):
             client = InferenceClient(link)
             expected = await generate_ids(client)
             assert len(expected) == 16
-            for killed in (("worker-0", "tokenizer", "kvcache-0"), ("router",)):
+            for killed in (("worker-0", "tokenizer", "kvcache-0", "gateway"), ("router",)):
                 addresses = {member: mesh.members[member].addresses for member in killed}
                 for member in killed:
                     mesh.kill(member, signal.SIGKILL)
