@@ -8,6 +8,7 @@ allows: grpc.aio, and a reader of bare HTTP/1.1 on one kept connection for each 
 import asyncio
 import json
 import random
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,9 @@ from kvmesh.v1 import common_pb2
 
 READY_S = 120.0
 REQUEST_S = 60.0
+LAST_CHUNK = b"0\r\n\r\n"
+TAIL_BYTES = 1024  # of an answer that are kept: the usage is in its last event
+USAGE = re.compile(rb'"completion_tokens":(\d+)')
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,20 +176,25 @@ async def _request(
         b"POST /v1/completions HTTP/1.1\r\nhost: edge\r\ncontent-type: application/json\r\n"
         b"content-length: %d\r\n\r\n%b" % (len(body), body)
     )
-    status = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n", 1)[0]
-    last = b""
-    while size := int(await reader.readuntil(b"\r\n"), 16):
-        data = (await reader.readexactly(size + 2))[:-2]
-        if not result.ttft_s:
+    head, data = b"", b""
+    while not data.endswith(LAST_CHUNK):
+        part = await reader.read(1 << 16)
+        if not part:
+            result.error = "the edge closed the connection"
+            return result
+        if not head:
+            data += part
+            head, _, data = data.partition(b"\r\n\r\n")
+        else:
+            data = (data + part)[-TAIL_BYTES:]
+        if data and not result.ttft_s:
             result.ttft_s = time.perf_counter() - begin
-        last = data if b'"usage":{' in data else last
-    await reader.readexactly(2)
     result.duration_s = time.perf_counter() - begin
-    if b" 200 " not in status or not last:
-        result.error = f"{status.decode()}: no usage came"
+    found = USAGE.search(data)
+    if b" 200 " not in head[:16] or found is None:
+        result.error = f"{head[:40].decode()}: no usage came"
         return result
-    event = last.split(b"\n\n")[0].removeprefix(b"data: ")
-    result.usage.completion_tokens = json.loads(event)["usage"]["completion_tokens"]
+    result.usage.completion_tokens = int(found[1])
     return result
 
 
