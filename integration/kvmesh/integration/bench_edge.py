@@ -184,10 +184,11 @@ async def _request(
             return result
         if not head:
             data += part
-            head, _, data = data.partition(b"\r\n\r\n")
+            if b"\r\n\r\n" in data:
+                head, _, data = data.partition(b"\r\n\r\n")
         else:
             data = (data + part)[-TAIL_BYTES:]
-        if data and not result.ttft_s:
+        if head and data and not result.ttft_s:
             result.ttft_s = time.perf_counter() - begin
     result.duration_s = time.perf_counter() - begin
     found = USAGE.search(data)
