@@ -1,13 +1,16 @@
 """The real command over a real mesh: up, requests, failures, down."""
 
 import asyncio
+import http.client
 import json
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -242,7 +245,7 @@ def test_launch_mesh_members_die_with_a_killed_launcher(tmp_path: Path):
         state = running_state(run_dir)
         assert state is not None
         ends = [os.pidfd_open(member.pid) for member in state.members if member.pid]
-        assert len(ends) == 4
+        assert len(ends) == 5
         process.kill()
     asyncio.run(all_ended(ends))
     assert kvmesh(run_dir, "status").exit_code == 3
@@ -257,6 +260,15 @@ async def all_ended(pidfds: list[int]) -> None:
         await asyncio.wait_for(ended.wait(), 30.0)
         loop.remove_reader(fd)
         os.close(fd)
+
+
+def https_status(url: str, authority: str, key: str) -> int:
+    assert url.startswith("https://127.0.0.1:")
+    context = ssl.create_default_context(cafile=authority)
+    address = url.removeprefix("https://")
+    with closing(http.client.HTTPSConnection(address, timeout=20, context=context)) as connection:
+        connection.request("GET", "/v1/models", headers={"authorization": f"Bearer {key}"})
+        return connection.getresponse().status
 
 
 def test_launch_mesh_with_tls_and_a_token(tmp_path: Path):
@@ -285,6 +297,9 @@ def test_launch_mesh_with_tls_and_a_token(tmp_path: Path):
         wrong = kvmesh(run_dir, *client, KVMESH_TOKEN="guess")
         assert wrong.exit_code == 1
         assert "bearer token missing or wrong" in wrong.stderr
+        authority_file = str(tmp_path / "ca.pem")
+        assert https_status(state.http_url, authority_file, "s3cret") == 200
+        assert https_status(state.http_url, authority_file, "guess") == 401
         assert "s3cret" not in logs(run_dir) + (run_dir / "mesh.json").read_text()
     finally:
         assert kvmesh(run_dir, "down").exit_code == 0
