@@ -13,7 +13,13 @@ from kvmesh.integration.loadgen import RequestResult, closed_loop, run_request, 
 from kvmesh.integration.needle import make_case
 from kvmesh.services.common.checkpoint import checkpoint_path
 from kvmesh.services.common.client import Link
-from kvmesh.services.common.config import MeshConfig, ModelConfig, RouterConfig, WorkerConfig
+from kvmesh.services.common.config import (
+    GatewayConfig,
+    MeshConfig,
+    ModelConfig,
+    RouterConfig,
+    WorkerConfig,
+)
 from kvmesh.services.router.client import InferenceClient
 from kvmesh.v1 import common_pb2, inference_pb2
 
@@ -23,7 +29,8 @@ OUTPUT_TOKENS = 64
 
 
 def mesh_config(workers: Sequence[WorkerConfig] = (), **parts: object) -> MeshConfig:
-    """A mesh on random ports; defaults where nothing is said."""
+    """A mesh on random ports, without an HTTP edge; defaults where nothing is said."""
+    parts.setdefault("gateway", GatewayConfig(enabled=False))
     router = parts.pop("router", RouterConfig(port=0))
     defaults = MeshConfig().workers
     return MeshConfig(router=router, workers=tuple(workers) or defaults, **parts)  # type: ignore[arg-type]

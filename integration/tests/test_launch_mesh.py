@@ -1,13 +1,16 @@
 """The real command over a real mesh: up, requests, failures, down."""
 
 import asyncio
+import http.client
 import json
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,13 @@ from kvmesh.integration.launch import running_mesh
 from kvmesh.integration.launch_health import is_serving
 from kvmesh.integration.launch_state import process_runs, read_state, running_state
 from kvmesh.services.common.client import Link
-from kvmesh.services.common.config import KvCacheConfig, MeshConfig, RouterConfig, WorkerConfig
+from kvmesh.services.common.config import (
+    GatewayConfig,
+    KvCacheConfig,
+    MeshConfig,
+    RouterConfig,
+    WorkerConfig,
+)
 from kvmesh.services.router.client import InferenceClient
 from kvmesh.v1 import inference_pb2
 
@@ -27,6 +36,8 @@ WAIT_S = 120.0
 # Blocks are few, so that the meshes of one test run do not claim half of the memory each.
 SMALL = """
 [router]
+port = 0
+[gateway]
 port = 0
 [kvcache]
 shards = {shards}
@@ -47,6 +58,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     result = kvmesh(run_dir, "up", "--detach", "--config", str(folder / "mesh.toml"))
     assert result.exit_code == 0, result.output + logs(run_dir)
     assert "ready at 127.0.0.1:" in result.stdout
+    assert "OpenAI's API at http://127.0.0.1:" in result.stdout
     state = running_state(run_dir)
     assert state is not None
     yield run_dir
@@ -81,7 +93,7 @@ def logs(run_dir: Path) -> str:
 
 def test_launch_mesh_status_shows_all_members(mesh: Path):
     members = {m["member_id"]: m for m in answer(mesh, "status")["members"]}
-    assert sorted(members) == ["kvcache-0", "router", "tokenizer", "worker-0"]
+    assert sorted(members) == ["gateway", "kvcache-0", "router", "tokenizer", "worker-0"]
     assert {m["state"] for m in members.values()} == {"serving"}
     assert members["worker-0"]["blocks_total"] == 256
     state = running_state(mesh)
@@ -200,6 +212,7 @@ async def generate_ids(client: InferenceClient) -> list[int]:
 async def test_launch_mesh_brings_killed_members_back(tmp_path: Path):
     config = MeshConfig(
         router=RouterConfig(port=0, lease_s=1.0),
+        gateway=GatewayConfig(port=0),
         kvcache=KvCacheConfig(shards=1, max_bytes=16 << 20),
         workers=(WorkerConfig(blocks=256),),
     )
@@ -209,7 +222,7 @@ async def test_launch_mesh_brings_killed_members_back(tmp_path: Path):
             client = InferenceClient(link)
             expected = await generate_ids(client)
             assert len(expected) == 16
-            for killed in (("worker-0", "tokenizer", "kvcache-0"), ("router",)):
+            for killed in (("worker-0", "tokenizer", "kvcache-0", "gateway"), ("router",)):
                 addresses = {member: mesh.members[member].addresses for member in killed}
                 for member in killed:
                     mesh.kill(member, signal.SIGKILL)
@@ -232,7 +245,7 @@ def test_launch_mesh_members_die_with_a_killed_launcher(tmp_path: Path):
         state = running_state(run_dir)
         assert state is not None
         ends = [os.pidfd_open(member.pid) for member in state.members if member.pid]
-        assert len(ends) == 4
+        assert len(ends) == 5
         process.kill()
     asyncio.run(all_ended(ends))
     assert kvmesh(run_dir, "status").exit_code == 3
@@ -247,6 +260,15 @@ async def all_ended(pidfds: list[int]) -> None:
         await asyncio.wait_for(ended.wait(), 30.0)
         loop.remove_reader(fd)
         os.close(fd)
+
+
+def https_status(url: str, authority: str, key: str) -> int:
+    assert url.startswith("https://127.0.0.1:")
+    context = ssl.create_default_context(cafile=authority)
+    address = url.removeprefix("https://")
+    with closing(http.client.HTTPSConnection(address, timeout=20, context=context)) as connection:
+        connection.request("GET", "/v1/models", headers={"authorization": f"Bearer {key}"})
+        return connection.getresponse().status
 
 
 def test_launch_mesh_with_tls_and_a_token(tmp_path: Path):
@@ -275,6 +297,9 @@ def test_launch_mesh_with_tls_and_a_token(tmp_path: Path):
         wrong = kvmesh(run_dir, *client, KVMESH_TOKEN="guess")
         assert wrong.exit_code == 1
         assert "bearer token missing or wrong" in wrong.stderr
+        authority_file = str(tmp_path / "ca.pem")
+        assert https_status(state.http_url, authority_file, "s3cret") == 200
+        assert https_status(state.http_url, authority_file, "guess") == 401
         assert "s3cret" not in logs(run_dir) + (run_dir / "mesh.json").read_text()
     finally:
         assert kvmesh(run_dir, "down").exit_code == 0

@@ -12,7 +12,13 @@ from kvmesh.integration.launch_plan import (
     port_environment,
     stop_order,
 )
-from kvmesh.services.common.config import KvCacheConfig, MeshConfig, TelemetryConfig, WorkerConfig
+from kvmesh.services.common.config import (
+    GatewayConfig,
+    KvCacheConfig,
+    MeshConfig,
+    TelemetryConfig,
+    WorkerConfig,
+)
 
 PLAN = MemberPlan("worker-0", "worker", "both")
 
@@ -29,12 +35,16 @@ def test_launch_plan_numbers_workers_over_all_tables():
         ("worker-0", "worker", "prefill"),
         ("worker-1", "worker", "prefill"),
         ("worker-2", "worker", "decode"),
+        ("gateway", "gateway", ""),
     ]
+    without = config.model_copy(update={"gateway": GatewayConfig(enabled=False)})
+    assert plan_members(without) == plan_members(config)[:-1]
 
 
-def test_launch_plan_stops_the_router_first_and_each_member_once():
+def test_launch_plan_stops_what_takes_requests_first_and_each_member_once():
     members = plan_members(MeshConfig(kvcache=KvCacheConfig(shards=0)))
-    assert stop_order(members) == (("router",), ("worker-0", "worker-1"), ("tokenizer",))
+    workers = ("worker-0", "worker-1")
+    assert stop_order(members) == (("gateway",), ("router",), workers, ("tokenizer",))
 
 
 def test_launch_plan_back_off_doubles_up_to_its_limit():

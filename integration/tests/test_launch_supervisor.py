@@ -14,11 +14,15 @@ from kvmesh.integration.launch import LaunchOptions, Mesh, MeshFailed, running_m
 from kvmesh.integration.launch_child import BoundedLog
 from kvmesh.integration.launch_plan import Phase, RestartPolicy
 from kvmesh.integration.launch_state import log_path, process_runs, read_state, running_state
-from kvmesh.services.common.config import KvCacheConfig, MeshConfig, WorkerConfig
+from kvmesh.services.common.config import GatewayConfig, KvCacheConfig, MeshConfig, WorkerConfig
 from kvmesh.services.common.errors import ConfigError
 
 WAIT_S = 30.0
-CONFIG = MeshConfig(kvcache=KvCacheConfig(shards=1), workers=(WorkerConfig(count=2),))
+CONFIG = MeshConfig(
+    kvcache=KvCacheConfig(shards=1),
+    gateway=GatewayConfig(enabled=False),
+    workers=(WorkerConfig(count=2),),
+)
 MEMBERS = ["router", "tokenizer", "kvcache-0", "worker-0", "worker-1"]
 
 # Says its addresses, notes its end in a file of all members, and behaves as FAKE_<member> says.

@@ -108,7 +108,7 @@ class TestMembership:
             member("x" * 129),
             member("worker-0", 0),
             member("worker-0", role="chef"),
-            member("x", kind="gateway"),
+            member("x", kind="proxy"),
         ):
             with pytest.raises(InvalidRequest):
                 mesh.register(broken, 0.0)

@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,8 @@ from kvmesh.services.common.errors import ConfigError, InvalidRequest
 from kvmesh.services.tokenizer.chat import ChatTemplate, load_chat_template
 from kvmesh.services.tokenizer.core import CodecLimits, load_codec
 from kvmesh.services.tokenizer.prefix import ENTRY_BYTES, PieceCache, PrefixEncoder
+from kvmesh.services.tokenizer.servicer import _message, _tool
+from kvmesh.v1 import inference_pb2
 
 from .tokenizer_models import SPECIALS, byte_fallback, byte_level, metaspace, save, word_piece
 
@@ -233,3 +236,50 @@ def test_broken_checkpoints_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(ConfigError, match="holds a list, must be an object"):
         load_codec(tmp_path, CodecLimits())
+
+
+def test_tools_and_calls_reach_a_template_that_knows_them() -> None:
+    source = (
+        "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}<{{ c.function.arguments | tojson }}>{% endfor %}"
+        "{{ m.tool_call_id or '' }}|{% endfor %}"
+    )
+    messages = [_message(message) for message in TOOL_TALK.messages]
+    tools = [_tool(tool) for tool in TOOL_TALK.tools]
+    assert ChatTemplate(source, {}).render(messages, tools) == (
+        '[look]user:where?|assistant:<{"at": 1}>|tool:herec1|'
+    )
+    plain = ChatTemplate("{{ messages[0].content }}", {})
+    with pytest.raises(InvalidRequest, match=r"1 tools are given.*no place for tools"):
+        plain.render(messages, tools)
+
+
+TOOL_TALK = inference_pb2.ChatPrompt(
+    messages=[
+        inference_pb2.ChatMessage(role="user", content="where?"),
+        inference_pb2.ChatMessage(
+            role="assistant",
+            tool_calls=[inference_pb2.ToolCall(id="c1", name="look", arguments='{"at": 1}')],
+        ),
+        inference_pb2.ChatMessage(role="tool", content="here", tool_call_id="c1"),
+    ],
+    tools=['{"type": "function", "function": {"name": "look"}}'],
+)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "[" * 100_000])
+def test_a_tool_that_is_no_object_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="a tool is"):
+        _tool(text)
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback])
+def test_the_bytes_of_tokens_make_up_the_text(
+    make: Callable[[], Tokenizer], tmp_path: Path
+) -> None:
+    codec = load_codec(save(make(), tmp_path), CodecLimits())
+    ids = codec.encode_text("the lazy dog").ids
+    said = b"".join(codec.token(i) for i in ids).decode()
+    assert "".join(said.split()).endswith("thelazydog")
+    assert codec.token(1 << 20) == b""

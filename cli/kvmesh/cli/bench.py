@@ -8,6 +8,7 @@ import typer
 
 from kvmesh.cli.bench_codec import codec
 from kvmesh.cli.bench_cost import cost
+from kvmesh.cli.bench_edge import edge
 from kvmesh.cli.bench_serve import serve
 from kvmesh.cli.options import ConfigFile, Json, command
 from kvmesh.cli.progress import progress_bar
@@ -46,7 +47,7 @@ async def mesh(
     from kvmesh.integration.bench_mesh import BenchPlan, bench_mesh
     from kvmesh.integration.machine import describe_machine
     from kvmesh.services.common.codec_choice import choose_codec, find_check
-    from kvmesh.services.common.config import WorkerConfig, load_config, parse_config
+    from kvmesh.services.common.config import GatewayConfig, WorkerConfig, load_config, parse_config
 
     loaded = load_config(config)
     if kv_codec is not None:
@@ -55,7 +56,8 @@ async def mesh(
         loaded = loaded.model_copy(update={"model": chosen})
     workers = loaded.workers if config else (WorkerConfig(role="both"),)
     router = loaded.router.model_copy(update={"port": 0})
-    ready = loaded.model_copy(update={"workers": workers, "router": router})
+    changed = {"workers": workers, "router": router, "gateway": GatewayConfig(enabled=False)}
+    ready = loaded.model_copy(update=changed)
     plan = replace(
         BenchPlan(),
         concurrency=tuple(int(part) for part in concurrency.split(",")),
@@ -108,3 +110,4 @@ app.command()(mesh)
 app.command()(codec)
 app.command()(serve)
 app.command()(cost)
+app.command()(edge)

@@ -96,7 +96,8 @@ async def _in_mesh(
             if not quiet:
                 console().print(
                     f"[bold]{len(mesh.pids)} processes[/bold] serve "
-                    f"{config.model.name} at {mesh.public_address}\n"
+                    f"{config.model.name} at {mesh.public_address} (gRPC) and "
+                    f"{mesh.http_url}/v1 (OpenAI's API)\n"
                 )
             return [await _ask(client, question, quiet) for question in questions]
 

@@ -8,7 +8,7 @@ import typer
 from kvmesh.cli.errors import CommandFailed
 from kvmesh.cli.options import ConfigFile, command
 
-Member = Annotated[str, typer.Argument(help="router, tokenizer, kvcache-N or worker-N.")]
+Member = Annotated[str, typer.Argument(help="router, tokenizer, kvcache-N, worker-N or gateway.")]
 MeshAddress = Annotated[str, typer.Option(help="host:port of the router's Mesh service.")]
 Launcher = Annotated[int | None, typer.Option(hidden=True)]
 StateDir = Annotated[

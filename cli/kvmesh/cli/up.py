@@ -216,7 +216,9 @@ def print_members(state: "MeshState") -> None:
         ("member", "kind", "role", "address", ">pid"),
         [(m.member_id, m.kind, m.role, " ".join(m.addresses), m.pid or "") for m in state.members],
     )
-    console().print(f"\nready at [bold]{state.public_address}[/bold]")
+    console().print(f"\nready at [bold]{state.public_address}[/bold] (gRPC)")
+    if state.http_url:
+        console().print(f"OpenAI's API at [bold]{state.http_url}/v1[/bold]")
 
 
 @command

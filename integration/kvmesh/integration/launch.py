@@ -23,6 +23,7 @@ from kvmesh.integration.launch_child import (
 from kvmesh.integration.launch_health import wait_serving
 from kvmesh.integration.launch_plan import (
     CONFIG_EXIT,
+    GATEWAY,
     ROUTER,
     MemberProcess,
     Phase,
@@ -89,6 +90,12 @@ class Mesh:
     def public_address(self) -> str:
         """Where clients reach the router; empty until it listens."""
         return next(iter(self.members[ROUTER].addresses), "")
+
+    @property
+    def http_url(self) -> str:
+        """Of the HTTP edge; empty if there is none, or until it listens."""
+        gateway = self.members.get(GATEWAY)
+        return next(iter(gateway.addresses), "") if gateway is not None else ""
 
     @property
     def mesh_address(self) -> str:
@@ -174,6 +181,7 @@ class Mesh:
             ready=self._serving and self.all_ready,
             public_address=self.public_address,
             mesh_address=self.mesh_address,
+            http_url=self.http_url,
             config=self.config,
             members=tuple(_member_state(process) for process in self.members.values()),
         )

@@ -39,6 +39,7 @@ _SERVICES = {
     "tokenizer": ("kvmesh.services.tokenizer.service", "TokenizerService"),
     "kvcache": ("kvmesh.services.kvcache.service", "KvCacheService"),
     "worker": ("kvmesh.services.worker.service", "WorkerService"),
+    "gateway": ("kvmesh.services.gateway.service", "GatewayService"),
 }
 
 

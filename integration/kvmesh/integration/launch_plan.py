@@ -17,6 +17,7 @@ from kvmesh.services.common.process import (
 ROUTER = "router"
 TOKENIZER = "tokenizer"
 PORT_VARIABLES = (PORT_VARIABLE, MESH_PORT_VARIABLE, METRICS_PORT_VARIABLE)
+GATEWAY = "gateway"
 CONFIG_EXIT = 2  # a process that ends with this has a configuration that cannot work
 
 
@@ -32,7 +33,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MemberPlan:
-    """One process. kind: router, tokenizer, kvcache, worker; role: of workers, else empty."""
+    """One process. kind: router, tokenizer, kvcache, worker, gateway. role: of workers only."""
 
     member_id: str
     kind: str
@@ -49,6 +50,7 @@ def plan_members(config: MeshConfig) -> tuple[MemberPlan, ...]:
         MemberPlan(TOKENIZER, TOKENIZER),
         *shards,
         *workers,
+        *((MemberPlan(GATEWAY, GATEWAY),) if config.gateway.enabled else ()),
     )
 
 
@@ -63,10 +65,10 @@ def metrics_port(config: MeshConfig, member_id: str) -> int:
 def stop_order(members: tuple[MemberPlan, ...]) -> tuple[tuple[str, ...], ...]:
     """Member ids in the groups that stop one after another, each when the one before is gone.
 
-    The router first: it takes no new requests and lets the running ones end, for which it needs
-    all the others.
+    The gateway first, then the router: each takes no new requests and lets the running ones end,
+    for which it needs all that come after.
     """
-    kinds = (ROUTER, "worker", "kvcache", TOKENIZER)
+    kinds = (GATEWAY, ROUTER, "worker", "kvcache", TOKENIZER)
     groups = (tuple(m.member_id for m in members if m.kind == kind) for kind in kinds)
     return tuple(group for group in groups if group)
 

@@ -55,6 +55,7 @@ class MeshState:
     mesh_address: str
     config: MeshConfig
     members: tuple[MemberState, ...]
+    http_url: str = ""  # of the HTTP edge; empty without one
 
     def alive(self) -> bool:
         """Whether the launcher that wrote this still runs."""
@@ -129,6 +130,7 @@ def _record(state: MeshState) -> dict[str, Any]:
         "ready": state.ready,
         "public_address": state.public_address,
         "mesh_address": state.mesh_address,
+        "http_url": state.http_url,
         "members": [asdict(member) for member in state.members],
         "config": state.config.model_dump(mode="json"),
     }

@@ -93,6 +93,7 @@ def checked(cache: Cache, queries: Queries, masking: Masking) -> Plan:
     tails = none if queries.tails is None else queries.tails
     given = queries.tail_counts
     tail_counts = np.zeros(sequences, np.int64) if given is None else given.astype(np.int64)
+    starts: Integers
     if queries.starts is None:
         starts = np.broadcast_to(np.arange(width) * BLOCK_SIZE, (sequences, width))
     else:

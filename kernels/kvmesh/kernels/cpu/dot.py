@@ -16,7 +16,6 @@ cgutils: Any = untyped_cgutils
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 WIDTHS = (2, 3, 4, 8)
-cgutils: Any = untyped_cgutils
 
 _LARGEST = np.float32(simd.LARGEST)
 _UNIT = np.float32(1 / simd.LARGEST)

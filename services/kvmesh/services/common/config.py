@@ -84,6 +84,19 @@ class WorkerConfig(Section):
     spin: bool = False
 
 
+class GatewayConfig(Section):
+    """The HTTP edge."""
+
+    enabled: bool = True
+    port: Port | None = None  # none: 8080, or any free one if that is taken
+    max_body_bytes: Annotated[int, Field(ge=1 << 10, le=7 << 20)] = 4 << 20
+    max_head_bytes: Annotated[int, Field(ge=1 << 10)] = 64 << 10  # request line and headers
+    max_connections: Annotated[int, Field(ge=1)] = 1024
+    head_timeout_s: Annotated[float, Field(gt=0)] = 10.0
+    body_timeout_s: Annotated[float, Field(gt=0)] = 30.0
+    write_timeout_s: Annotated[float, Field(gt=0)] = 30.0  # a client that does not read
+
+
 class TelemetryConfig(Section):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     metrics: bool = True  # a Prometheus endpoint on loopback for each process
@@ -99,6 +112,7 @@ class MeshConfig(Section):
     router: RouterConfig = RouterConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     kvcache: KvCacheConfig = KvCacheConfig()
+    gateway: GatewayConfig = GatewayConfig()
     workers: Annotated[tuple[WorkerConfig, ...], Field(min_length=1)] = (
         WorkerConfig(role="prefill"),
         WorkerConfig(role="decode"),

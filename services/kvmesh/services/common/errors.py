@@ -2,6 +2,7 @@
 
 MeshError              INTERNAL             a bug of ours
   + InvalidRequest     INVALID_ARGUMENT     the caller must change the request
+    + ContextExceeded                       the prompt is longer than the model's context
   + NotFound           NOT_FOUND            no such model, request, member or block
   + Incompatible       FAILED_PRECONDITION  another model, codec or format version
   + Unauthenticated    UNAUTHENTICATED      token missing or wrong
@@ -15,6 +16,7 @@ ConfigError            (no RPC)             the process does not start; names th
 import grpc
 
 RETRY_AFTER_KEY = "retry-after-ms"
+REASON_KEY = "error-reason"  # trailer that tells errors of one status apart
 
 
 class MeshError(Exception):
@@ -22,10 +24,15 @@ class MeshError(Exception):
 
     code = grpc.StatusCode.INTERNAL
     retry_after_s: float = 0.0
+    reason: str = ""
 
 
 class InvalidRequest(MeshError):
     code = grpc.StatusCode.INVALID_ARGUMENT
+
+
+class ContextExceeded(InvalidRequest):
+    reason = "context_length_exceeded"
 
 
 class NotFound(MeshError):
@@ -98,4 +105,6 @@ def from_rpc(error: grpc.aio.AioRpcError | grpc.Call, peer: str) -> MeshError:
     for key, value in error.trailing_metadata() or ():
         if key == RETRY_AFTER_KEY and str(value).isdigit():
             retry_ms = int(value)
+        if key == REASON_KEY and value == ContextExceeded.reason:
+            return ContextExceeded(f"{peer}: {error.details()}")
     return from_status(code, f"{peer}: {error.details()}", retry_ms)

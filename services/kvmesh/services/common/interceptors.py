@@ -13,6 +13,7 @@ from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 
 from kvmesh.services.common.errors import (
+    REASON_KEY,
     RETRY_AFTER_KEY,
     InvalidRequest,
     MeshError,
@@ -91,8 +92,10 @@ async def _checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
         yield request
 
 
-def retry_trailers(error: MeshError) -> tuple[tuple[str, str | bytes], ...]:
-    """Trailing metadata that tells when to come back; empty if the error has no such time."""
+def error_trailers(error: MeshError) -> tuple[tuple[str, str | bytes], ...]:
+    """Trailing metadata that tells when to come back, or more of why; mostly empty."""
+    if error.reason:
+        return ((REASON_KEY, error.reason),)
     if error.retry_after_s <= 0:
         return ()
     milliseconds = max(1, round(error.retry_after_s * 1000))
@@ -116,7 +119,7 @@ async def _status(context: Any) -> AsyncIterator[None]:
     except MeshError as error:
         if type(error) is MeshError:
             logger.error("a bug ended an RPC", exc_info=error)
-        await context.abort(error.code, str(error), retry_trailers(error))
+        await context.abort(error.code, str(error), error_trailers(error))
     except Exception:
         logger.exception("unexpected error in an RPC")
         await context.abort(grpc.StatusCode.INTERNAL, "internal error")

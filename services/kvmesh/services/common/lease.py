@@ -32,6 +32,7 @@ class MembershipLease:
         self._task: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._draining = False
+        self.inference_address = ""  # of the router's public service, once registered
 
     async def start(self) -> None:
         """Returns when registered. Raises Incompatible if the mesh runs another model or codec."""
@@ -66,6 +67,7 @@ class MembershipLease:
                 reply = await self._stub.Register(
                     request, timeout=self._deadlines.mesh_s, metadata=self._link.metadata()
                 )
+                self.inference_address = reply.inference_address
                 return reply.lease_ms / 1000
             except grpc.aio.AioRpcError as error:
                 known = from_rpc(error, f"router at {self._link.address}")

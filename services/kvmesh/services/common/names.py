@@ -38,6 +38,14 @@ MAX_TOKENS = "gen_ai.request.max_tokens"
 SEED = "gen_ai.request.seed"
 TIME_TO_FIRST = "gen_ai.response.time_to_first_chunk"  # seconds
 
+CHOICES = "gen_ai.request.choice.count"
+
+# http and error attributes, of the edge's spans
+HTTP_METHOD = "http.request.method"
+HTTP_ROUTE = "http.route"
+HTTP_STATUS = "http.response.status_code"
+ERROR_TYPE = "error.type"
+
 # ours
 CLOCK = "kvmesh.clock"  # measured or simulated
 MEMBER = "kvmesh.member"

@@ -3,6 +3,7 @@
 import os
 import secrets
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from kvmesh.services.common.config import MeshConfig
 from kvmesh.services.common.errors import ConfigError
@@ -15,7 +16,10 @@ MESH_PORT_VARIABLE = "KVMESH_MESH_PORT"  # the router's second listener
 METRICS_PORT_VARIABLE = "KVMESH_METRICS_PORT"
 
 
-def listen_port(configured: int, variable: str = PORT_VARIABLE) -> int:
+Configured = TypeVar("Configured", int, int | None)
+
+
+def listen_port(configured: Configured, variable: str = PORT_VARIABLE) -> int | Configured:
     """The port of `variable`, which a restarted member gets to keep its old one, or `configured`.
 
     Raises ConfigError if the variable holds no port.

@@ -5,6 +5,7 @@ Pure: no RPC, no clock.
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from kvmesh.services.common.errors import InvalidRequest
 from kvmesh.v1 import common_pb2
@@ -14,6 +15,15 @@ MAX_STOP_BYTES = 256
 MAX_TOP_LOGPROBS = 20
 MAX_LOGIT_BIAS = 100.0
 MAX_PENALTY = 2.0  # of presence and frequency, either sign
+MAX_CONSTRAINT_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class OutputConstraint:
+    """What the whole output must match: the text of a JSON Schema, or a regular expression."""
+
+    kind: Literal["json_schema", "regex"]
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +51,7 @@ class SamplingSettings:
     min_tokens: int = 0
     include_stop: bool = False
     keep_special_tokens: bool = False
+    constraint: OutputConstraint | None = None
 
     @property
     def penalizes(self) -> bool:
@@ -78,11 +89,27 @@ def check_sampling(params: common_pb2.SamplingParams, vocab_size: int) -> Sampli
         min_tokens=params.min_tokens,
         include_stop=params.include_stop,
         keep_special_tokens=params.keep_special_tokens,
+        constraint=_constraint(params),
     )
     _check_ranges(settings)
     _check_lengths(settings)
     _check_ids(settings, vocab_size)
     return settings
+
+
+def _constraint(params: common_pb2.SamplingParams) -> OutputConstraint | None:
+    if not params.HasField("constraint"):
+        return None
+    kind = params.constraint.WhichOneof("kind")
+    if kind is None:
+        raise InvalidRequest("the constraint is empty; set one of json_schema, regex")
+    text = params.constraint.json_schema if kind == "json_schema" else params.constraint.regex
+    size = len(text.encode())
+    if not 0 < size <= MAX_CONSTRAINT_BYTES:
+        raise InvalidRequest(
+            f"constraint.{kind} has {size} bytes, must have 1..{MAX_CONSTRAINT_BYTES}"
+        )
+    return OutputConstraint(kind, text)
 
 
 def _check_ranges(settings: SamplingSettings) -> None:

@@ -28,6 +28,24 @@ DRAIN_S = 10.0  # requests that run at SIGTERM may take this long to end
 GRACE_S = 1.0  # then RPCs that are still open are cancelled after this
 
 
+class Bound(Protocol):
+    """A server on one address."""
+
+    async def bind(self) -> str:
+        """Starts listening; the address with its real port. Raises ConfigError if it is taken."""
+        ...
+
+    async def set_serving(self, serving: bool) -> None: ...
+
+    async def stop(self, grace_s: float) -> None: ...
+
+
+class Openable(Protocol):
+    """Where a server is to listen: a Listener for gRPC, or one of another protocol."""
+
+    def open(self, security: Security) -> Bound: ...
+
+
 class Service(Protocol):
     """What a process serves. Each verb is called once, in this order; close always.
 
@@ -35,10 +53,10 @@ class Service(Protocol):
     """
 
     @property
-    def listeners(self) -> Sequence["Listener"]: ...
+    def listeners(self) -> Sequence[Openable]: ...
 
     def register(self, listeners: Sequence[grpc.aio.Server]) -> None:
-        """Adds the servicers, one listener's worth each, before anything is bound."""
+        """Adds the servicers to the gRPC listeners, one's worth each, before anything is bound."""
         ...
 
     async def start(self, addresses: Sequence[str]) -> None:
@@ -67,6 +85,9 @@ class Listener:
     names: tuple[str, ...]
     mutual: bool = True
     max_message_bytes: int = MAX_MESSAGE_BYTES
+
+    def open(self, security: Security) -> "BoundServer":
+        return BoundServer(self, security)
 
 
 class BoundServer:
@@ -138,8 +159,8 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    servers = [BoundServer(listener, security) for listener in service.listeners]
-    service.register([bound.server for bound in servers])
+    servers = [listener.open(security) for listener in service.listeners]
+    service.register([bound.server for bound in servers if isinstance(bound, BoundServer)])
     try:
         addresses = [await bound.bind() for bound in servers]
         if on_bound is not None:
@@ -156,9 +177,7 @@ async def serve(
         await service.close()
 
 
-async def _each(
-    servers: Sequence[BoundServer], act: Callable[[BoundServer], Awaitable[None]]
-) -> None:
+async def _each(servers: Sequence[Bound], act: Callable[[Bound], Awaitable[None]]) -> None:
     for bound in servers:
         await act(bound)
 

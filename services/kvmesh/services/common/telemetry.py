@@ -133,6 +133,7 @@ class Telemetry:
         parent: Context | None = None,
         attributes: Mapping[str, Any] | None = None,
         start_ns: int | None = None,
+        kind: trace.SpanKind = trace.SpanKind.INTERNAL,
     ) -> trace.Span:
         """A span that the caller must end. Without `parent`: a child of the current span.
 
@@ -143,6 +144,7 @@ class Telemetry:
             context=parent if parent is not None else otel_context.get_current(),
             attributes={**self._labels, **(attributes or {})},
             start_time=start_ns,
+            kind=kind,
         )
 
     def close(self) -> None:

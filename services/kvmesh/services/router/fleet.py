@@ -97,6 +97,8 @@ class Fleet:
 
     def _connect(self, lease: Lease) -> None:
         member = lease.member
+        if member.kind == "gateway":  # it calls the router, never the other way round
+            return
         name = member.member_id
         channel = self._channels[name] = Link(member.address, self._security)
         if member.kind == "worker":
@@ -111,6 +113,8 @@ class Fleet:
             self.tokenizers.add(member, channel)
 
     def _disconnect(self, lease: Lease) -> None:
+        if lease.member.kind == "gateway":
+            return
         name = lease.member.member_id
         channel = self._channels.pop(name)
         if lease.member.kind == "tokenizer":

@@ -10,7 +10,7 @@ from kvmesh.services.common.errors import Incompatible, InvalidRequest, NotFound
 from kvmesh.v1 import inference_pb2, mesh_pb2
 
 MAX_ID_BYTES = 128
-KINDS = ("worker", "kvcache", "tokenizer")
+KINDS = ("worker", "kvcache", "tokenizer", "gateway")
 ROLES = ("prefill", "decode", "both")
 
 

@@ -6,7 +6,7 @@ Everything that a caller may have got wrong is found here, before any worker hea
 import secrets
 from dataclasses import dataclass
 
-from kvmesh.services.common.errors import InvalidRequest, NotFound, Unavailable
+from kvmesh.services.common.errors import ContextExceeded, InvalidRequest, NotFound, Unavailable
 from kvmesh.services.common.sampling import SamplingSettings, check_sampling
 from kvmesh.services.kvcache.keys import block_keys, root_key
 from kvmesh.services.router.core import RouteQuery
@@ -135,7 +135,7 @@ def _check_ids(prompt: list[int], model: inference_pb2.ModelInfo, max_context: i
             f"prompt token id {largest} is outside the vocabulary of {model.vocab_size}"
         )
     if len(prompt) >= max_context:
-        raise InvalidRequest(
+        raise ContextExceeded(
             f"the prompt has {len(prompt)} tokens, the context has {max_context}, "
             "and at least one must be left for the output"
         )

@@ -62,7 +62,7 @@ class RouterService:
     def register(self, listeners: Sequence[grpc.aio.Server]) -> None:
         public, mesh = listeners
         inference_pb2_grpc.add_InferenceServicer_to_server(self._inference, public)
-        mesh_pb2_grpc.add_MeshServicer_to_server(MeshServicer(self.parts), mesh)
+        mesh_pb2_grpc.add_MeshServicer_to_server(MeshServicer(self.parts, self._inference), mesh)
 
     async def start(self, addresses: Sequence[str]) -> None:
         """Returns when a worker, whose probe token came before it joined, and a tokenizer are in.

@@ -122,8 +122,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
 class MeshServicer(mesh_pb2_grpc.MeshServicer):
     """What the mesh's own processes call."""
 
-    def __init__(self, parts: RouterParts) -> None:
+    def __init__(self, parts: RouterParts, inference: InferenceServicer) -> None:
         self._parts = parts
+        self._inference = inference
 
     @property
     def _lease_ms(self) -> int:
@@ -133,7 +134,9 @@ class MeshServicer(mesh_pb2_grpc.MeshServicer):
         self, request: mesh_pb2.RegisterRequest, context: Any
     ) -> mesh_pb2.RegisterResponse:
         self._parts.fleet.register(request.member, self._parts.clock())
-        return mesh_pb2.RegisterResponse(lease_ms=self._lease_ms)
+        return mesh_pb2.RegisterResponse(
+            lease_ms=self._lease_ms, inference_address=self._inference.own.address
+        )
 
     async def Renew(self, request: mesh_pb2.RenewRequest, context: Any) -> mesh_pb2.RenewResponse:
         self._parts.fleet.renew(request, self._parts.clock())

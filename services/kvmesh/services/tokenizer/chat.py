@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -53,20 +53,31 @@ class ChatTemplate:
             environment.globals["strftime_now"] = lambda form: now().strftime(form)
         try:
             self._template = environment.from_string(source)
+            free_names = meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"the chat template, line {error.lineno}: {error}") from error
+        self._knows_tools = "tools" in free_names
         self._variables = dict(variables)
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         """Ends where the assistant's answer begins.
 
-        Raises InvalidRequest with the template's own words for roles or an order it refuses.
+        Raises InvalidRequest with the template's own words for roles or an order it refuses, or
+        for tools that it would leave out.
         """
+        if tools and not self._knows_tools:
+            raise InvalidRequest(
+                f"{len(tools)} tools are given; this model's chat template has no place for tools"
+            )
         try:
             return self._template.render(
                 self._variables,
                 messages=[dict(message) for message in messages],
-                tools=None,
+                tools=[dict(tool) for tool in tools] or None,
                 documents=None,
                 add_generation_prompt=True,
             )

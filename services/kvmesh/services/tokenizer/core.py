@@ -74,8 +74,12 @@ class TextCodec:
         before, after = self._frame
         return Encoded(self._with_bos([*before, *encoded.ids, *after]), encoded.cached_chars)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> Encoded:
-        """`messages` (role, content) through the chat template, up to where the answer begins.
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> Encoded:
+        """`messages` (role, content ...) through the chat template, up to where the answer begins.
 
         Raises InvalidRequest if there are none, they are too long, or the template refuses them.
         """
@@ -83,8 +87,10 @@ class TextCodec:
             raise InvalidRequest("the chat prompt has no messages, must have at least 1")
         if self._template is None:
             raise InvalidRequest("this model has no chat template; send the prompt as text")
-        self._check_size("".join(text for message in messages for text in message.values()))
-        text = self._template.render(messages)
+        contents = "".join(message["content"] for message in messages)
+        if contents:  # checked before the template works on it; that may add to it, or be all of it
+            self._check_size(contents)
+        text = self._template.render(messages, tools)
         self._check_size(text)
         return self._encoder.encode(text)
 
@@ -92,6 +98,10 @@ class TextCodec:
         """Raises InvalidRequest for an id outside the vocabulary."""
         self.check_ids(token_ids)
         return self._tokenizer.decode(token_ids, skip_special_tokens=not keep_special_tokens)
+
+    def token(self, token_id: int) -> bytes:
+        """The UTF-8 of one token, which may be a part of a character."""
+        return self._pieces.token_bytes(token_id)
 
     def open_detokenizer(
         self,

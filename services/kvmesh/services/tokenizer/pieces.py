@@ -160,6 +160,17 @@ class PieceTable:
         tokens = [tokenizer.id_to_token(i) for i in range(vocab_size)]
         self._special = frozenset(i for i, token in enumerate(tokens) if token in special)
         self._open_visible, self._open_all = self._openers(tokenizer, tokens)
+        self._tokens = tokens
+        self._decode = _decode_with(tokenizer)
+        self._bytes = _bytes_of(json.loads(tokenizer.to_str())["decoder"])
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 of one token, special ones included; it may be a part of a character."""
+        token = self._tokens[token_id] if token_id < len(self._tokens) else None
+        if token is None:
+            return b""
+        found = self._bytes(token)
+        return self._decode([token_id]).encode() if found is None else found
 
     def open(self, keep_special_tokens: bool = False) -> IncrementalDecoder:
         return self._open_all() if keep_special_tokens else self._open_visible()
@@ -199,16 +210,32 @@ def byte_alphabet() -> dict[str, int]:
     }
 
 
+def _byte_level(token: str | None, alphabet: dict[str, int]) -> bytes:
+    try:
+        return bytes(alphabet[char] for char in token or "")
+    except KeyError:  # an added token that is written as it is
+        return (token or "").encode()
+
+
 def _byte_pieces(tokens: list[str | None]) -> list[bytes]:
     alphabet = byte_alphabet()
+    return [_byte_level(token, alphabet) for token in tokens]
 
-    def piece(token: str | None) -> bytes:
-        try:
-            return bytes(alphabet[char] for char in token or "")
-        except KeyError:  # an added token that is written as it is
-            return (token or "").encode()
 
-    return [piece(token) for token in tokens]
+def _bytes_of(decoder: dict[str, Any] | None) -> Callable[[str], bytes | None]:
+    """One token's bytes by the decoder's rules; None where only the decoder itself can tell."""
+    if decoder is not None and decoder["type"] == "ByteLevel":
+        alphabet = byte_alphabet()
+        return lambda token: _byte_level(token, alphabet)
+    chain = _byte_fallback_chain(decoder)
+    if chain is None:
+        return lambda token: None
+
+    def fallback(token: str) -> bytes:
+        (piece,) = _fallback_pieces([token], chain)
+        return bytes([piece]) if isinstance(piece, int) else str(piece).encode()
+
+    return fallback
 
 
 def _byte_fallback_chain(decoder: dict[str, Any] | None) -> _Chain | None:

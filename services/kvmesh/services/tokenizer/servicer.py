@@ -1,6 +1,7 @@
 """The Tokenizer service: translates between messages and the codec."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
 from functools import partial
@@ -15,7 +16,7 @@ from kvmesh.services.common.telemetry import Telemetry, extract
 from kvmesh.services.tokenizer.core import TextCodec
 from kvmesh.services.tokenizer.detokenize import Detokenizer
 from kvmesh.services.tokenizer.prefix import Encoded
-from kvmesh.v1 import common_pb2, tokenizer_pb2_grpc
+from kvmesh.v1 import common_pb2, inference_pb2, tokenizer_pb2_grpc
 from kvmesh.v1 import tokenizer_pb2 as pb
 
 T = TypeVar("T")
@@ -175,7 +176,39 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServicer):
 def _encode(codec: TextCodec, request: pb.EncodeRequest) -> Encoded:
     kind: Any = request.WhichOneof("prompt")
     if kind == "chat":
-        return codec.encode_chat(
-            [{"role": m.role, "content": m.content} for m in request.chat.messages]
-        )
+        chat = request.chat
+        return codec.encode_chat([_message(m) for m in chat.messages], [*map(_tool, chat.tools)])
     return codec.encode_text(request.text)
+
+
+def _message(message: inference_pb2.ChatMessage) -> dict[str, Any]:
+    """As chat templates know messages; what is not set is not there."""
+    shown: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.name:
+        shown["name"] = message.name
+    if message.tool_call_id:
+        shown["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        shown["tool_calls"] = [_tool_call(call) for call in message.tool_calls]
+    return shown
+
+
+def _tool_call(call: inference_pb2.ToolCall) -> dict[str, Any]:
+    """Templates write the arguments as JSON themselves, so they get the object, not its text."""
+    arguments = _json_object(call.arguments or "{}", f"arguments of tool call {call.name!r}")
+    function = {"name": call.name, "arguments": arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _tool(text: str) -> dict[str, Any]:
+    return _json_object(text, "a tool")
+
+
+def _json_object(text: str, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{what} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"{what} is a JSON {type(value).__name__}, must be an object")
+    return value

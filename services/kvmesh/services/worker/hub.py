@@ -8,15 +8,16 @@ import contextlib
 import itertools
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from opentelemetry import trace
 from opentelemetry.trace import Status, StatusCode
 
 from kvmesh.backends.base import Model
 from kvmesh.services.common import names
-from kvmesh.services.common.errors import InvalidRequest, MeshError, Unavailable
+from kvmesh.services.common.errors import Expired, InvalidRequest, MeshError, Unavailable
 from kvmesh.services.common.telemetry import Telemetry, context_of, extract, inject
+from kvmesh.services.worker.constraint import GrammarMatcher, Grammars
 from kvmesh.services.worker.engine import Engine, Exported, FetchWish, Load, Outcome
 from kvmesh.services.worker.limits import Limits
 from kvmesh.services.worker.messages import (
@@ -27,7 +28,7 @@ from kvmesh.services.worker.messages import (
     token_update,
 )
 from kvmesh.services.worker.outbox import Outbox
-from kvmesh.services.worker.sequence import Fetched, Finish, Sequence, Tail, Update
+from kvmesh.services.worker.sequence import Fetched, Finish, Sequence, Tail, Update, Work
 from kvmesh.services.worker.spans import RequestSpans
 from kvmesh.services.worker.tails import KeptTails
 from kvmesh.services.worker.transfer import Transfer
@@ -37,20 +38,23 @@ logger = logging.getLogger(__name__)
 
 PROBE_ID = "probe"
 PROBE_S = 120.0  # a first step may compile kernels
+COMPILE_S = 5.0  # for an output constraint; it takes milliseconds unless the machine is busy
 
 
 @dataclass(slots=True, eq=False)
 class Request:
     """One request that has not ended.
 
+    submitted: the engine has it; before, its constraint is being compiled.
     prefilled: its sequence, once that ended as a hand-over that is still to be completed.
-    task: fetches for it, or completes its hand-over.
+    task: compiles or fetches for it, or completes its hand-over.
     """
 
     ticket: int
     request_id: str
     session: "Session"
     span: trace.Span
+    submitted: bool = False
     prefilled: Sequence | None = None
     task: asyncio.Task[None] | None = None
 
@@ -64,12 +68,16 @@ class Session:
 
 
 class Hub:
-    """All methods run in the event loop that `start` was called in. Owns the engine."""
+    """All methods run in the event loop that `start` was called in. Owns the engine.
+
+    grammars: compile output constraints; set before `start`, None if the model has no vocabulary.
+    """
 
     def __init__(
         self, model: Model, limits: Limits, transfer: Transfer, telemetry: Telemetry,
         incarnation: int,
     ) -> None:  # fmt: skip
+        self.grammars: Grammars | None = None
         self.spec = model.spec
         self.limits = limits
         self.engine = Engine(model, limits, self._from_engine, time.monotonic)
@@ -145,7 +153,41 @@ class Hub:
         request = Request(receipt.ticket, submit.request_id, session, span)
         self._requests[request.ticket] = session.requests[request.request_id] = request
         self._idle.clear()
+        if work.settings.constraint is None:
+            self._to_engine(request, work)
+        else:
+            request.task = asyncio.create_task(self._constrain(request, work))
+
+    def _to_engine(self, request: Request, work: Work) -> None:
+        request.submitted = True
         self.engine.submit(work)
+
+    async def _constrain(self, request: Request, work: Work) -> None:
+        """Compiles the constraint away from the engine's steps, replays the output, submits."""
+        try:
+            async with asyncio.timeout(COMPILE_S):
+                matcher = await asyncio.to_thread(self._matcher, work)
+        except TimeoutError:
+            late = Expired(f"the constraint was not compiled within {COMPILE_S:g} s")
+            self._refuse(request, late)
+        except MeshError as error:
+            self._refuse(request, error)
+        except Exception:
+            logger.exception("compiling the constraint of %s failed", request.request_id)
+            self._refuse(request, MeshError("internal error"))
+        else:
+            self._to_engine(request, replace(work, matcher=matcher))
+
+    def _matcher(self, work: Work) -> GrammarMatcher:
+        constraint = work.settings.constraint
+        if self.grammars is None or constraint is None:
+            raise InvalidRequest("this model's tokenizer gives no vocabulary for constraints")
+        return self.grammars.open(constraint, work.token_ids[work.num_prompt :])
+
+    def _refuse(self, request: Request, error: MeshError) -> None:
+        """Ends a request that never ran."""
+        self._end(request, end_update(request.request_id, Finish.ERROR, error))
+        _refused(request.span, error)
 
     def cancel(self, session: Session, request_id: str) -> None:
         """Ends the request, or drops the tail that is kept of it. Unknown ids are no error."""
@@ -176,9 +218,7 @@ class Hub:
         """Ends the engine and the streams. Twice is safe."""
         await asyncio.to_thread(self.engine.stop)
         for request in list(self._requests.values()):
-            error = Unavailable("this worker has stopped")
-            self._end(request, end_update(request.request_id, Finish.ERROR, error))
-            _refused(request.span, error)
+            self._refuse(request, Unavailable("this worker has stopped"))
         for session in self._sessions:
             session.outbox.close()
 
@@ -200,9 +240,7 @@ class Hub:
         for update in outcome.updates:
             self._update(update)
         for ticket, error in outcome.refusals:
-            request = self._requests[ticket]
-            self._end(request, end_update(request.request_id, Finish.ERROR, error))
-            _refused(request.span, error)
+            self._refuse(self._requests[ticket], error)
         for wish in outcome.wishes:
             wanting = self._requests.get(wish.work.ticket)
             if wanting is not None:  # else it was cancelled before it could be fetched for
@@ -253,6 +291,10 @@ class Hub:
         self.engine.fetched(request.ticket, fetched)
 
     def _cancel(self, request: Request) -> None:
+        if not request.submitted:
+            self._end(request, end_update(request.request_id, Finish.CANCELLED))
+            request.span.end()
+            return
         if request.prefilled is None:
             self.engine.cancel(request.ticket)  # its last update comes from there
             return

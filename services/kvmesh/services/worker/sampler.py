@@ -1,8 +1,9 @@
 """The next token from logits: a pure function of (logits, settings, history, seed, position).
 
 Order: repetition penalty, presence and frequency penalties, logit bias, ban of end ids
-(`min_tokens`); log-probabilities are taken here; then temperature, top_k, top_p, min_p and
-Gumbel-max. Temperature 0 takes the largest logit, the lowest id among equals.
+(`min_tokens`) and of ids that the output's constraint does not allow; log-probabilities are taken
+here; then temperature, top_k, top_p, min_p and Gumbel-max. Temperature 0 takes the largest logit,
+the lowest id among equals.
 
 The noise of a token id at a position is one fixed number: output `id` of the Philox 4x64 counter
 generator with the seed as its key and the position in the second word of its counter. So neither
@@ -65,19 +66,22 @@ class Choice:
     """What one token depends on besides its logits.
 
     position: of the token to be chosen in its sequence. history: needed if the settings penalize.
-    banned: ids that must not be chosen.
+    banned: ids that must not be chosen. allowed: by the output's constraint, bool [vocab];
+    None: all.
     """
 
     settings: SamplingSettings
     position: int
     history: TokenHistory | None = None
     banned: tuple[int, ...] = ()
+    allowed: npt.NDArray[np.bool_] | None = None
 
     @property
     def plain(self) -> bool:
         """Whether the largest logit is the answer and nothing is reported about it."""
         s = self.settings
-        return s.temperature == 0 and not (s.logprobs or s.logit_bias or self.banned or s.penalizes)
+        free = self.allowed is None and not self.banned
+        return free and s.temperature == 0 and not (s.logprobs or s.logit_bias or s.penalizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +102,7 @@ class Sampled:
 def sample(logits: npt.NDArray[np.float32], choices: Sequence[Choice]) -> list[Sampled | None]:
     """One token for each row of logits, fp32 [len(choices), vocab].
 
-    None for a row from which nothing can be chosen: a NaN in it, or nothing finite left.
+    None for a row from which nothing can be chosen: a NaN in it, or nothing finite is left.
     """
     best = logits.argmax(axis=1)  # a NaN counts as the largest
     finite = np.isfinite(logits[np.arange(len(best)), best]).tolist()
@@ -122,6 +126,8 @@ def _sample_row(logits: npt.NDArray[np.float32], choice: Choice) -> Sampled | No
         row[token] += bias
     if choice.banned:
         row[list(choice.banned)] = -np.inf
+    if choice.allowed is not None:
+        row[~choice.allowed] = -np.inf
     if not math.isfinite(row.max()):
         return None
     token = int(row.argmax()) if settings.temperature == 0 else _draw(row, choice)

@@ -289,8 +289,7 @@ class Scheduler:
 
     def _take(self, sequence: Sequence, sampled: Sampled | None, now: float) -> None:
         if sampled is None:
-            error = MeshError(f"the model's logits for {sequence.work.request_id} are not finite")
-            self.fail(sequence, error, now)
+            self.fail(sequence, sequence.no_choice(), now)
             return
         first = sequence.generated == 0
         finish = sequence.append(sampled.token, self.limits.max_tokens)

@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmesh.kernels.layout import BLOCK_SIZE
-from kvmesh.services.common.errors import MeshError
+from kvmesh.services.common.errors import InvalidRequest, MeshError
 from kvmesh.services.common.sampling import SamplingSettings
 from kvmesh.services.kvcache.keys import block_keys, child_key
+from kvmesh.services.worker.constraint import OutputMatcher
 from kvmesh.services.worker.sampler import Choice, Logprob, TokenHistory
 
 MAX_MARKS = 32  # sampled times of a decode, for its span
@@ -53,6 +54,7 @@ class Work:
     shards: addresses where blocks come from and go to.
     tail_address: the worker that keeps its unfinished block; empty: none does.
     trace: W3C context of its span.
+    matcher: what the settings' constraint allows after the output so far; its sequence owns it.
     """
 
     ticket: int
@@ -67,6 +69,7 @@ class Work:
     shards: tuple[str, ...] = ()
     tail_address: str = ""
     trace: tuple[tuple[str, str], ...] = ()
+    matcher: OutputMatcher | None = None
 
     @property
     def is_new(self) -> bool:
@@ -240,7 +243,15 @@ class Sequence:
         """What the next token depends on besides its logits."""
         settings = self.work.settings
         banned = self._banned if self.num_output < settings.min_tokens else ()
-        return Choice(settings, self.length, self.history, banned)
+        allowed = self.work.matcher.allowed() if self.work.matcher is not None else None
+        return Choice(settings, self.length, self.history, banned, allowed)
+
+    def no_choice(self) -> MeshError:
+        """Why none of its tokens could be chosen."""
+        name, matcher = self.work.request_id, self.work.matcher
+        if matcher is not None and matcher.error:
+            return InvalidRequest(f"the constraint of {name} cannot go on: {matcher.error}")
+        return MeshError(f"the model's logits for {name} are not finite, or all are ruled out")
 
     def append(self, token: int, limit: int) -> Finish | None:
         """Takes the token that was chosen; why the sequence ends with it, if it does.
@@ -252,7 +263,10 @@ class Sequence:
         self.generated += 1
         if self.history is not None:
             self.history.append(token)
-        if token in self._end_ids:
+        matcher = self.work.matcher
+        if matcher is not None:
+            matcher.advance(token)
+        if token in self._end_ids or (matcher is not None and matcher.done):
             return Finish.STOP
         most = self.work.settings.max_tokens
         if (most is not None and self.num_output >= most) or self.length >= limit:

@@ -17,6 +17,7 @@ from kvmesh.services.common.errors import ConfigError
 from kvmesh.services.common.lease import MembershipLease
 from kvmesh.services.common.process import ProcessContext, listen_port
 from kvmesh.services.common.server import Listener
+from kvmesh.services.worker.constraint import Grammars, open_grammars
 from kvmesh.services.worker.hub import Hub
 from kvmesh.services.worker.limits import Limits
 from kvmesh.services.worker.messages import model_info
@@ -90,6 +91,16 @@ def limits_of(worker: WorkerConfig, model: Model) -> Limits:
     )
 
 
+def _open_grammars(config: MeshConfig, model: Model) -> Grammars | None:
+    """None, and a warning, if the model's tokenizer cannot be used for output constraints."""
+    try:
+        spec = model.spec
+        return open_grammars(checkpoint_path(config.model), spec.vocab_size, spec.eos_token_ids)
+    except ConfigError as error:
+        logger.warning("requests with an output constraint will be refused: %s", error)
+        return None
+
+
 class WorkerService:
     """Implements common.server.Service. opener: for models that no backend's name stands for."""
 
@@ -126,6 +137,7 @@ class WorkerService:
         config, context = self._context.config, self._context
         try:
             model = await asyncio.to_thread(self._opener, config, self._worker)
+            grammars = await asyncio.to_thread(_open_grammars, config, model)
         except BackendError as error:  # trying again would not mend a checkpoint or a machine
             raise ConfigError(str(error)) from error
         self._model = model
@@ -140,6 +152,7 @@ class WorkerService:
         hub = Hub(model, limits, self._transfer, context.telemetry, context.incarnation)
         self._hub = hub
         show_worker(context.meters, hub, self._transfer)
+        hub.grammars = grammars
         hub.start()
         await hub.probe()
         self._servicer.serve(hub, model.device)

@@ -1,0 +1,86 @@
+"""`kvmesh bench edge`: what the HTTP edge adds beside direct gRPC."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvmesh.cli.options import ConfigFile, Json, command
+from kvmesh.cli.progress import progress_bar
+from kvmesh.cli.render import console, print_json, print_table
+
+if TYPE_CHECKING:
+    from kvmesh.integration.bench_edge import EdgeRow
+
+Concurrency = Annotated[str, typer.Option(help="Requests in flight, comma-separated.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Rounds of each; medians are shown.")]
+Requests = Annotated[int, typer.Option(min=1, help="Requests of a round, on each side.")]
+
+
+@command
+async def edge(
+    config: ConfigFile = None,
+    concurrency: Concurrency = "1,4,16",
+    requests: Requests = 16,
+    rounds: Rounds = 9,
+    json: Json = False,
+) -> None:
+    """TTFT and cost of a token over HTTP, beside direct gRPC, in one run on one mesh.
+
+    Without --config the mesh has one worker that does both phases.
+    """
+    import tempfile
+
+    from kvmesh.integration.bench_edge import EdgePlan, bench_edge
+    from kvmesh.integration.machine import describe_machine
+    from kvmesh.services.common.config import GatewayConfig, WorkerConfig, load_config
+
+    loaded = load_config(config)
+    changed: dict[str, object] = {
+        "router": loaded.router.model_copy(update={"port": 0}),
+        "gateway": GatewayConfig(port=0),
+        "workers": loaded.workers if config else (WorkerConfig(role="both"),),
+    }
+    ready = loaded.model_copy(update=changed)
+    plan = replace(
+        EdgePlan(),
+        concurrency=tuple(int(part) for part in concurrency.split(",")),
+        requests=requests,
+        rounds=rounds,
+    )
+    with (
+        tempfile.TemporaryDirectory(prefix="kvmesh-bench-") as folder,
+        progress_bar("bench", len(plan.concurrency) * plan.rounds, hidden=json) as advance,
+    ):
+        rows = await bench_edge(ready, plan, Path(folder), advance)
+    machine = describe_machine()
+    if json:
+        found = {"plan": asdict(plan), "rows": [asdict(row) for row in rows]}
+        print_json({"benchmark": "edge", "machine": machine, "model": ready.model.name, **found})
+    else:
+        console().print(f"{machine}; {ready.model.name}, codec {ready.model.codec}")
+        _table(rows)
+
+
+def _table(rows: "list[EdgeRow]") -> None:
+    columns = (
+        ">in flight", ">gRPC TTFT p50", ">HTTP TTFT p50", ">added",
+        ">gRPC token", ">HTTP token", ">added",
+    )  # fmt: skip
+    print_table(
+        "",
+        columns,
+        [
+            (
+                row.concurrency,
+                f"{row.grpc.ttft_p50_ms:.2f} ms",
+                f"{row.http.ttft_p50_ms:.2f} ms",
+                f"{row.added_ttft_p50_ms:+.2f} ms",
+                f"{row.grpc.token_us:.0f} us",
+                f"{row.http.token_us:.0f} us",
+                f"{row.added_token_percent:+.1f} %",
+            )
+            for row in rows
+        ],
+    )

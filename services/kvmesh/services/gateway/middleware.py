@@ -1,0 +1,211 @@
+"""What every HTTP request passes through, from the outside in:
+
+Trace      the server span, x-request-id; whatever happens below is in it
+Errors     exceptions become error bodies
+Auth       who calls: nothing below runs, and no body is read, for a caller who may not
+Exchange   the body within its limits; a client that goes away or does not read ends the work
+"""
+
+import asyncio
+import logging
+import secrets
+import traceback
+from typing import Any
+
+from opentelemetry import context as otel_context
+from opentelemetry import trace
+from opentelemetry.trace import SpanKind, Status, StatusCode
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from kvmesh.services.common import names
+from kvmesh.services.common.config import GatewayConfig
+from kvmesh.services.common.errors import MeshError
+from kvmesh.services.common.security import TokenCheck
+from kvmesh.services.common.telemetry import Telemetry, context_of, extract, trace_id_of
+from kvmesh.services.gateway.errors import ApiError, from_mesh
+
+logger = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/health"})  # probes carry no key
+ROUTES = frozenset({"/health", "/v1/models", "/v1/chat/completions", "/v1/completions"})
+
+
+class Trace:
+    """Continues the caller's W3C trace. The span is in scope["state"]["span"]."""
+
+    def __init__(self, app: ASGIApp, telemetry: Telemetry) -> None:
+        self._app = app
+        self._telemetry = telemetry
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            await self._app(scope, receive, send)
+            return
+        route = scope["path"] if scope["path"] in ROUTES else "other"
+        pairs = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in scope["headers"]]
+        span = self._telemetry.start(
+            f"{scope['method']} {route}",
+            extract(pairs),
+            {names.HTTP_METHOD: scope["method"], names.HTTP_ROUTE: route},
+            kind=SpanKind.SERVER,
+        )
+        request_id = secrets.token_hex(16)
+        scope.setdefault("state", {}).update(span=span, request_id=request_id)
+        headers = [
+            (b"x-request-id", f"req_{request_id}".encode()),
+            (b"x-trace-id", trace_id_of(span).encode()),
+        ]
+
+        async def send_traced(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], *headers]
+                span.set_attribute(names.HTTP_STATUS, message["status"])
+                if message["status"] >= 500:
+                    span.set_status(Status(StatusCode.ERROR))
+            await send(message)
+
+        token = otel_context.attach(context_of(span))
+        try:
+            await self._app(scope, receive, send_traced)
+        finally:
+            otel_context.detach(token)
+            span.end()
+
+
+class Errors:
+    """An exception becomes an error body, unless an answer has begun; then the stream just ends."""
+
+    def __init__(self, app: ASGIApp, peer: str) -> None:
+        self._app = app
+        self._peer = peer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def send_noting(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_noting)
+        except Exception as error:
+            if started:
+                logger.error("an answer broke off: %s", type(error).__name__)
+                return
+            known = api_error(error, self._peer)
+            note_error(scope, known)
+            await known.response()(scope, receive, send)
+
+
+def api_error(error: Exception, peer: str) -> ApiError:
+    """What the client is told; an exception that is no answer is logged, without its values."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, MeshError):
+        return from_mesh(error, peer)
+    where = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("unexpected %s in a request\n%s", type(error).__name__, where)
+    return from_mesh(MeshError("internal error"))
+
+
+def note_error(scope: Scope, error: ApiError) -> None:
+    span = scope.get("state", {}).get("span")
+    if isinstance(span, trace.Span):
+        span.set_attribute(names.ERROR_TYPE, error.code or error.kind)
+
+
+class Auth:
+    """With a token in the mesh's configuration, callers send it as their API key."""
+
+    def __init__(self, app: ASGIApp, token: str | None) -> None:
+        self._app = app
+        self._check = TokenCheck(token) if token else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._check is not None and scope["path"] not in OPEN_PATHS:
+            found = (v for k, v in scope["headers"] if k == b"authorization")
+            if not self._check.allows([("authorization", next(found, b""))]):
+                raise ApiError(
+                    401,
+                    "API key missing or wrong; send 'authorization: Bearer <key>'",
+                    code="invalid_api_key",
+                )
+        await self._app(scope, receive, send)
+
+
+class Exchange:
+    """Reads the whole body first; then the work below lasts as long as the client listens."""
+
+    def __init__(self, app: ASGIApp, config: GatewayConfig) -> None:
+        self._app = app
+        self._config = config
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await self._read(scope, receive)
+        if body is None:
+            return
+        pending: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+        gone = asyncio.get_running_loop().create_future()
+
+        async def receive_read() -> Message:
+            if pending:
+                return pending.pop()
+            await asyncio.shield(gone)
+            return {"type": "http.disconnect"}
+
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(self._config.write_timeout_s):
+                await send(message)
+
+        work = asyncio.ensure_future(self._app(scope, receive_read, send_in_time))
+        watch = asyncio.ensure_future(_until_gone(receive))
+        try:
+            await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+        finally:
+            gone.cancel()
+            for task in (work, watch):
+                task.cancel()
+            await asyncio.gather(work, watch, return_exceptions=True)
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
+        """None if the client went away first. Raises ApiError 413 or 408."""
+        limit = self._config.max_body_bytes
+        size = next((v for k, v in scope["headers"] if k == b"content-length"), b"0")
+        if size.isdigit() and int(size) > limit:
+            raise _too_large(limit)
+        chunks: list[bytes] = []
+        total = 0
+        try:
+            async with asyncio.timeout(self._config.body_timeout_s):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    chunks.append(message.get("body", b""))
+                    total += len(chunks[-1])
+                    if total > limit:
+                        raise _too_large(limit)
+                    if not message.get("more_body", False):
+                        return b"".join(chunks)
+        except TimeoutError:
+            seconds = self._config.body_timeout_s
+            raise ApiError(
+                408,
+                f"the body was not complete within {seconds:g} s",
+                headers={"connection": "close"},
+            ) from None
+
+
+async def _until_gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _too_large(limit: int) -> ApiError:
+    close: Any = {"connection": "close"}  # what else comes of the body is not read
+    return ApiError(
+        413, f"the body has over {limit} bytes", code="request_too_large", headers=close
+    )
