@@ -43,5 +43,6 @@ def merge(parts: Sequence[Partial]) -> Partial:
         weight = np.exp(part.max + part.log_sum - shift)  # exp(-inf) = 0 for what saw nothing
         output += weight[..., None] * part.output
         total += weight
-    total = np.where(seen, total, np.float32(1))
-    return Partial(output / total[..., None], top, np.log(total))
+    total[~seen] = 1
+    log_sum: Floats = np.log(total)
+    return Partial(output / total[..., None], top, log_sum)
