@@ -1,0 +1,125 @@
+"""Compiles a model for a number of chips, runs what it compiled, and says what takes the time."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from kvmesh.backends.lpu.chip import LpuChip
+from kvmesh.backends.lpu.execute import Execution, Executor
+from kvmesh.backends.lpu.lower import Lowering, Work
+from kvmesh.backends.lpu.operations import Operations
+from kvmesh.backends.lpu.program import Program
+from kvmesh.backends.lpu.schedule import Schedule
+from kvmesh.backends.lpu.shapes import ModelShape, Placement, place_model
+from kvmesh.kernels.layout import CODECS
+
+CHIP = LpuChip()
+_WHOLE_WEIGHTS = 16 << 20  # a model up to this size is one program, not one layer times many
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One program of one chip of a group, checked by running it. times: how often per token."""
+
+    name: str
+    program: Program
+    execution: Execution
+    times: int
+
+    @property
+    def cycles(self) -> int:
+        return self.execution.cycles * self.times
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A model on chips, for `tokens` new tokens of one sequence with `context` before them."""
+
+    placement: Placement
+    codec: str
+    context: int
+    tokens: int
+    parts: tuple[Part, ...]
+
+    @property
+    def cycles(self) -> int:
+        """From the token that goes in to the one that comes out; stages run one after another."""
+        return sum(part.cycles for part in self.parts)
+
+    @property
+    def seconds(self) -> float:
+        """Simulated."""
+        return self.cycles / CHIP.clock_hz
+
+    @property
+    def whole(self) -> bool:
+        """One program holds all layers; else one layer stands for all."""
+        return len(self.parts) == 1
+
+    def utilisation(self) -> dict[str, float]:
+        """Kind of slice -> share of its ports' cycles in which they work, on a chip that is at
+        work; ports that a program never uses count."""
+        busy: dict[str, float] = defaultdict(float)
+        for part in self.parts:
+            for port, cycles in part.execution.busy.items():
+                busy[_kind(port)] += cycles * part.times
+        return {kind: busy[kind] / (count * self.cycles) for kind, count in _PORTS.items()}
+
+
+_PORTS = {
+    "MEM read": CHIP.mem_slices,
+    "MEM write": CHIP.mem_slices,
+    "VXM ALU": CHIP.vxm_alus,
+    "MXM weights": 2,
+    "MXM compute": 2,
+    "SXM": 2,
+    "C2C send": CHIP.local_links,
+}
+
+
+def _kind(port: str) -> str:
+    unit, _, name = port.partition(".")
+    kind = unit.partition("_")[0]
+    ends = {"load": "weights", "compute": "compute", "read": "read", "write": "write"}
+    if kind == "C2C":
+        return "C2C send" if name.startswith("send") else "C2C receive"
+    return {"VXM": "VXM ALU", "SXM": "SXM"}.get(kind) or f"{kind} {ends[name]}"
+
+
+def compile_model(
+    shape: ModelShape,
+    chips: int | None = None,
+    codec: str = "fp16",
+    context: int | None = None,
+    tokens: int = 1,
+) -> Compiled:
+    """Places, schedules and runs. chips: None takes as few as hold it. context: None is the
+    model's longest, at most 4096 tokens.
+
+    Raises ModelDoesNotFit, or ScheduleError if the schedule were wrong; ValueError for a codec
+    that does not exist.
+    """
+    if codec not in CODECS:
+        raise ValueError(f"codec is {codec!r}, must be one of {', '.join(CODECS)}")
+    context = min(shape.max_context, 4096) if context is None else context
+    placement = place_model(shape, chips, codec, context, CHIP)
+    work = Work(shape, placement.group, codec, context, tokens)
+    if placement.stages == 1 and shape.weights <= _WHOLE_WEIGHTS:
+        parts = (_part("token", work, ("layer",) * shape.num_layers + ("head",), 1),)
+    else:
+        parts = (
+            _part("layer", work, ("layer",), shape.num_layers),
+            _part("head", work, ("head",), 1),
+        )
+        if placement.stages > 1:  # and from the last stage back to the first
+            parts += (_part("handoff", work, ("handoff",), placement.stages),)
+    return Compiled(placement, codec, context, tokens, parts)
+
+
+def _part(name: str, work: Work, steps: tuple[str, ...], times: int) -> Part:
+    schedule = Schedule(CHIP)
+    lowering = Lowering(Operations(schedule), work)
+    x = lowering.input()
+    for step in steps:
+        x = getattr(lowering, step)(x)
+    program = schedule.program()
+    return Part(name, program, Executor(CHIP, [program]).run(), times)
