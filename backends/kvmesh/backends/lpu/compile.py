@@ -91,9 +91,10 @@ def compile_model(
     codec: str = "fp16",
     context: int | None = None,
     tokens: int = 1,
+    whole: bool = True,
 ) -> Compiled:
     """Places, schedules and runs. chips: None takes as few as hold it. context: None is the
-    model's longest, at most 4096 tokens.
+    model's longest, at most 4096 tokens. whole: a small model is one program.
 
     Raises ModelDoesNotFit, or ScheduleError if the schedule were wrong; ValueError for a codec
     that does not exist.
@@ -103,7 +104,8 @@ def compile_model(
     context = min(shape.max_context, 4096) if context is None else context
     placement = place_model(shape, chips, codec, context, CHIP)
     work = Work(shape, placement.group, codec, context, tokens)
-    if placement.stages == 1 and shape.weights <= _WHOLE_WEIGHTS:
+    parts: tuple[Part, ...]
+    if whole and placement.stages == 1 and shape.weights <= _WHOLE_WEIGHTS:
         parts = (_part("token", work, ("layer",) * shape.num_layers + ("head",), 1),)
     else:
         parts = (

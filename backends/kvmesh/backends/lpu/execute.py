@@ -7,6 +7,7 @@ at its own place in its own cycle, and fails if what lies there is not its opera
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -57,6 +58,10 @@ class _Chip:
     arrivals: dict[int, set[tuple[int, int]]]  # cycle -> (send, beat)
 
 
+# Chip, instruction, its operand or result or None at its start, the number of that, and the beat.
+_Event = tuple[_Chip, Instruction, Operand | Result | None, int, int]
+
+
 class Executor:
     """peers: for each program, the number of the one whose sends it receives.
 
@@ -76,9 +81,7 @@ class Executor:
         self._chips = [self._fresh(i, program) for i, program in enumerate(programs)]
         self._units = {each.unit: 0 for p in programs for each in p.instructions}
         self._units = {unit: chip.position(unit) for unit in self._units}
-        # cycle -> what happens then: (chip, instruction, operand or result or None, its number, beat)
-        self._events: dict[int, list[tuple[_Chip, Instruction, Operand | Result | None, int, int]]]
-        self._events = defaultdict(list)
+        self._events: dict[int, list[_Event]] = defaultdict(list)  # by cycle
 
     def run(self) -> Execution:
         """Raises ScheduleError naming instruction, cycle and operand that are not in order."""
@@ -113,7 +116,7 @@ class Executor:
 
     def _cycle(self, cycle: int) -> None:
         """Starts, then takes, then puts: a value is seen one hop on, one cycle later."""
-        puts = []
+        puts: list[_Event] = []
         happening = self._events[cycle]
         for event in happening:  # grows while it is read: what starts now may also take now
             state, instruction, step, index, beat = event
@@ -125,7 +128,7 @@ class Executor:
                 puts.append(event)
                 continue
             if step is not None and beat + 1 < step.beats:
-                follows = (state, instruction, step, index, beat + 1)
+                follows: _Event = (state, instruction, step, index, beat + 1)
                 self._events[cycle + step.stride].append(follows)
         written: set[tuple[int, int, int, int]] = set()
         for state, instruction, step, index, beat in puts:
@@ -260,7 +263,7 @@ def _check_ports(program: Program) -> None:
             held[port].append(each)
     for port, users in held.items():
         users.sort(key=lambda each: each.cycle)
-        for one, other in zip(users, users[1:], strict=False):
+        for one, other in pairwise(users):
             if other.cycle < one.end:
                 raise ScheduleError(
                     f"instruction {other.name} in cycle {other.cycle} needs {port}, which "

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from kvmesh.backends.lpu.program import ScheduleError
@@ -64,7 +65,7 @@ class Reservations:
 
 def _check_apart(claims: Sequence[Claim]) -> None:
     ordered = sorted(claims)
-    for one, other in zip(ordered, ordered[1:], strict=False):
+    for one, other in pairwise(ordered):
         if one.resource == other.resource and other.begin < one.end:
             raise ScheduleError(
                 f"{one.resource} is needed twice at once, in cycles [{other.begin}, {one.end})"
