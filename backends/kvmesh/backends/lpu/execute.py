@@ -140,6 +140,12 @@ class Executor:
         del self._events[cycle]
 
     def _start(self, state: _Chip, each: Instruction, cycle: int) -> None:
+        for used in (*each.reads, *each.writes):
+            if used.stream + used.width > self._chip.streams_per_direction:
+                raise ScheduleError(
+                    f"instruction {each.name} uses stream {used.stream + used.width - 1} of "
+                    f"{self._chip.streams_per_direction}"
+                )
         for index, operand in enumerate(each.reads):
             self._events[cycle + operand.offset].append((state, each, operand, index, 0))
         for index, result in enumerate(each.writes):
@@ -225,7 +231,7 @@ class Executor:
             register = (state.number, way, stream, place)
             if register in written:
                 raise ScheduleError(
-                    f"instruction {each.name} in cycle {cycle} meets another on {stream}"
+                    f"instruction {each.name} in cycle {cycle} meets another on stream {stream}"
                 )
             written.add(register)
         tags = tag(each.number, beat) + _PART_NUMBERS[: result.width]
