@@ -140,12 +140,13 @@ class Executor:
         del self._events[cycle]
 
     def _start(self, state: _Chip, each: Instruction, cycle: int) -> None:
-        for used in (*each.reads, *each.writes):
-            if used.stream + used.width > self._chip.streams_per_direction:
-                raise ScheduleError(
-                    f"instruction {each.name} uses stream {used.stream + used.width - 1} of "
-                    f"{self._chip.streams_per_direction}"
-                )
+        used: tuple[Operand | Result, ...] = (*each.reads, *each.writes)
+        last = max((one.stream + one.width for one in used), default=0) - 1
+        if last >= self._chip.streams_per_direction:
+            raise ScheduleError(
+                f"instruction {each.name} in cycle {cycle} uses stream {last}, the last is "
+                f"{self._chip.streams_per_direction - 1}"
+            )
         for index, operand in enumerate(each.reads):
             self._events[cycle + operand.offset].append((state, each, operand, index, 0))
         for index, result in enumerate(each.writes):
