@@ -48,10 +48,11 @@ def explain(error: Exception) -> tuple[str, int]:
     # Imported late: an error may take a moment longer, a start may not.
     import grpc
 
+    from kvmesh.backends.errors import BackendError
     from kvmesh.integration.launch import MeshFailed
     from kvmesh.services.common.errors import ConfigError, MeshError, Overloaded, from_rpc
 
-    if isinstance(error, ConfigError):
+    if isinstance(error, ConfigError | BackendError):
         return str(error), USAGE
     if isinstance(error, MeshFailed):
         return str(error), FAILED

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from kvmesh.cli import bench, evaluate, kv, trace
+from kvmesh.cli import bench, evaluate, kv, lpu, trace
 from kvmesh.cli.chat import chat
 from kvmesh.cli.demo import demo
 from kvmesh.cli.doctor import doctor
@@ -46,6 +46,7 @@ app.add_typer(kv.app, name="kv")
 app.add_typer(trace.app, name="trace")
 app.add_typer(bench.app, name="bench")
 app.add_typer(evaluate.app, name="eval")
+app.add_typer(lpu.app, name="lpu")
 
 
 def main() -> None:

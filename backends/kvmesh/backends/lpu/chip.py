@@ -35,6 +35,8 @@ class LpuChip:
     link_bytes_s: float = 15e9  # one direction of one link: 4 lanes of 30 Gb/s
     hop_s: float = 0.7e-6  # chip to chip, first byte
     local_links: int = 7  # to the others of a fully connected node
+    work_slices: int = 12  # of each hemisphere, nearest the VXM, for what a program computes
+    work_vectors: int = 1024  # of each of those that weights and cache must leave free
 
     @property
     def vector_bytes(self) -> int:
@@ -44,6 +46,17 @@ class LpuChip:
     @property
     def sram_bytes(self) -> int:
         return self.mem_slices * self.mem_slice_bytes
+
+    @property
+    def data_bytes(self) -> int:
+        """For weights and cache."""
+        return self.sram_bytes - 2 * self.work_slices * self.work_vectors * self.vector_bytes
+
+    def room_to_work(self, data_bytes: int) -> int:
+        """Vectors left to a program in each work slice; data goes to the other slices first."""
+        others = (self.mem_slices - 2 * self.work_slices) * self.mem_slice_bytes
+        spilt = max(0, data_bytes - others) / (2 * self.work_slices * self.vector_bytes)
+        return self.slice_vectors - math.ceil(spilt)
 
     @property
     def slice_vectors(self) -> int:

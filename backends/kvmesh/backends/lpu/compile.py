@@ -7,7 +7,7 @@ from kvmesh.backends.lpu.chip import LpuChip
 from kvmesh.backends.lpu.execute import Execution, Executor
 from kvmesh.backends.lpu.lower import Lowering, Work
 from kvmesh.backends.lpu.operations import Operations
-from kvmesh.backends.lpu.program import Program
+from kvmesh.backends.lpu.program import LpuError, Program
 from kvmesh.backends.lpu.schedule import Schedule
 from kvmesh.backends.lpu.shapes import ModelShape, Placement, place_model
 from kvmesh.kernels.layout import CODECS
@@ -96,30 +96,31 @@ def compile_model(
     """Places, schedules and runs. chips: None takes as few as hold it. context: None is the
     model's longest, at most 4096 tokens. whole: a small model is one program.
 
-    Raises ModelDoesNotFit, or ScheduleError if the schedule were wrong; ValueError for a codec
-    that does not exist.
+    Raises LpuError for bad input: ModelDoesNotFit, or a codec or context that does not exist.
     """
     if codec not in CODECS:
-        raise ValueError(f"codec is {codec!r}, must be one of {', '.join(CODECS)}")
+        raise LpuError(f"codec is {codec!r}, must be one of {', '.join(CODECS)}")
     context = min(shape.max_context, 4096) if context is None else context
     placement = place_model(shape, chips, codec, context, CHIP)
+    room = CHIP.room_to_work(placement.weight_bytes + placement.kv_bytes)
     work = Work(shape, placement.group, codec, context, tokens)
     parts: tuple[Part, ...]
     if whole and placement.stages == 1 and shape.weights <= _WHOLE_WEIGHTS:
-        parts = (_part("token", work, ("layer",) * shape.num_layers + ("head",), 1),)
+        parts = (_part("token", (work, room), ("layer",) * shape.num_layers + ("head",), 1),)
     else:
         parts = (
-            _part("layer", work, ("layer",), shape.num_layers),
-            _part("head", work, ("head",), 1),
+            _part("layer", (work, room), ("layer",), shape.num_layers),
+            _part("head", (work, room), ("head",), 1),
         )
         if placement.stages > 1:  # and from the last stage back to the first
-            parts += (_part("handoff", work, ("handoff",), placement.stages),)
+            parts += (_part("handoff", (work, room), ("handoff",), placement.stages),)
     return Compiled(placement, codec, context, tokens, parts)
 
 
-def _part(name: str, work: Work, steps: tuple[str, ...], times: int) -> Part:
-    schedule = Schedule(CHIP)
-    lowering = Lowering(Operations(schedule), work)
+def _part(name: str, work: tuple[Work, int], steps: tuple[str, ...], times: int) -> Part:
+    """work: and the vectors of each work slice that are free for it."""
+    schedule = Schedule(CHIP, work[1])
+    lowering = Lowering(Operations(schedule), work[0])
     x = lowering.input()
     for step in steps:
         x = getattr(lowering, step)(x)

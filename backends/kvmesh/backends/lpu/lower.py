@@ -126,17 +126,22 @@ class Lowering:
         keys, values = Weights(key_bits, decode), Weights(value_bits, decode)
         per_head = rows // kv_heads
         result = ops.schedule.allocate(rows, FP16)
-        for head in range(kv_heads):
-            first = head * per_head
-            scores = ops.matmul("q K", q, (per_head, dim, context), keys, first)
-            largest = ops.vxm("softmax", (scores,), (per_head, FP32))
-            largest = ops.reduce_lanes("softmax", largest)
-            p = ops.vxm("softmax", (scores, largest), alus=6)
-            total = ops.vxm("softmax", (p,), (per_head, FP32))
-            total = ops.reduce_lanes("softmax", total)
+        shape = per_head, dim, context
+        scores = [ops.matmul("q K", q, shape, keys, head * per_head) for head in range(kv_heads)]
+        softmax = [self._softmax(each, per_head) for each in scores]
+        for head, (p, total) in enumerate(softmax):
             out = ops.matmul("p V", p, (per_head, context, dim), values)
-            ops.vxm("softmax", (out, total), alus=2, into=(result, first))
+            ops.vxm("softmax", (out, total), alus=2, into=(result, head * per_head))
         return result
+
+    def _softmax(self, scores: Value, rows: int) -> tuple[Value, Value]:
+        """(exponentials, FP16; their sums, one vector per row)."""
+        ops = self._ops
+        largest = ops.vxm("softmax", (scores,), (rows, FP32))
+        largest = ops.reduce_lanes("softmax", largest)
+        p = ops.vxm("softmax", (scores, largest), alus=6)
+        total = ops.vxm("softmax", (p,), (rows, FP32))
+        return p, ops.reduce_lanes("softmax", total)
 
     def _sum(self, label: str, partial: Value, x: Value) -> Value:
         """Partial sums of all chips of the group plus the state that was, on each chip.

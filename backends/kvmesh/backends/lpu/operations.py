@@ -171,9 +171,12 @@ class Operations:
         depth, columns = ceil(k / lanes), ceil(n / lanes)
         result = self.schedule.allocate(columns * m, FP32)
         for column in range(0, columns, 2):
+            sides = "EW"
+            if column == columns - 1:  # a column alone goes where the weight port is free first
+                sides = min("EW", key=lambda side: self._buffer_free[side])
             for chunk in range(depth):
                 rows = min(lanes, k - chunk * lanes)
-                for i, side in enumerate("EW"[: columns - column]):
+                for i, side in enumerate(sides):
                     load = self._load(label, side, rows, weights)
                     out = (result, (column + i) * m) if chunk == depth - 1 else None
                     part = x, first + chunk * m, m

@@ -19,8 +19,7 @@ from kvmesh.backends.lpu.program import (
 from kvmesh.backends.lpu.reserve import Claim, Reservations
 
 SIDES = {"E": EAST, "W": WEST}
-WORK_SLICES = 12  # of each hemisphere, nearest the VXM, for what a token's program computes
-WEIGHT_GROUP = 8  # slices read side by side; the other slices of a hemisphere form such groups
+WEIGHT_GROUP = 8  # most slices that are read side by side for one load
 
 
 @dataclass(slots=True)
@@ -39,9 +38,9 @@ class Value:
 
 
 class Schedule:
-    """One chip's program in the making."""
+    """One chip's program in the making. work_vectors: of each work slice, for values."""
 
-    def __init__(self, chip: LpuChip) -> None:
+    def __init__(self, chip: LpuChip, work_vectors: int | None = None) -> None:
         self.chip = chip
         self.instructions: list[Instruction] = []
         self.image: dict[tuple[str, int], int] = {}
@@ -49,8 +48,9 @@ class Schedule:
         self._numbers = 0
         self._values = 0
         self._next_slice = 0
-        self._used: dict[str, int] = defaultdict(int)  # slice -> vectors
-        self._next_group = {"E": 0, "W": 0}
+        self._base = chip.slice_vectors - (work_vectors or chip.slice_vectors)
+        self._work: dict[str, int] = defaultdict(lambda: self._base)  # slice -> next vector
+        self._data: dict[str, int] = defaultdict(int)  # slice -> vectors of weights and cache
 
     def program(self) -> Program:
         ordered = sorted(self.instructions, key=lambda each: each.number)
@@ -62,20 +62,21 @@ class Schedule:
 
     def allocate(self, beats: int, width: int, sides: str = "EW") -> Value:
         """Room for a value. Slices are taken in turn, and used again from the start when full."""
-        if beats > self.chip.slice_vectors:
+        if beats > self.chip.slice_vectors - self._base:
             raise ScheduleError(
-                f"a value of {beats} vectors is over the {self.chip.slice_vectors} of a slice"
+                f"a value of {beats} vectors is over the {self.chip.slice_vectors - self._base} "
+                "that a slice has for it"
             )
-        slices = [(self._next_slice + i) % WORK_SLICES for i in range(width)]
+        slices = [(self._next_slice + i) % self.chip.work_slices for i in range(width)]
         self._next_slice += width
         places = {}
         for side in sides:
             names = tuple(f"MEM_{side}{i}" for i in slices)
-            address = max(self._used[name] for name in names)
+            address = max(self._work[name] for name in names)
             if address + beats > self.chip.slice_vectors:
-                address = 0
+                address = self._base
             for name in names:
-                self._used[name] = address + beats
+                self._work[name] = address + beats
             places[side] = names, address
         self._values += 1
         return Value(self._values, beats, width, places)
@@ -91,17 +92,19 @@ class Schedule:
 
     def weights(self, side: str, vectors: int, width: int) -> tuple[tuple[str, ...], int]:
         """Where the next `vectors` of weights lie in each of `width` slices side by side."""
-        groups = (self.chip.hemisphere_slices - WORK_SLICES) // WEIGHT_GROUP
-        first = WORK_SLICES + self._next_group[side] % groups * WEIGHT_GROUP
-        self._next_group[side] += 1
-        names = tuple(f"MEM_{side}{first + i}" for i in range(width))
-        address = max(self._used[name] for name in names)
-        if address + vectors > self.chip.slice_vectors:
-            raise ScheduleError(f"weights need vector {address + vectors - 1} of {names[0]}")
-        for name in names:
-            self._used[name] = address + vectors
+        names = [f"MEM_{side}{i}" for i in range(self.chip.hemisphere_slices)]
+        work = names[: self.chip.work_slices]
+        room = {name: self._base if name in work else self.chip.slice_vectors for name in names}
+        free = [name for name in names if self._data[name] + vectors <= room[name]]
+        free.sort(key=lambda name: (name in work, self._data[name]))
+        chosen = tuple(free[:width])
+        address = max((self._data[name] for name in chosen), default=0)
+        if len(chosen) < width or any(address + vectors > room[name] for name in chosen):
+            raise ScheduleError(f"no {width} slices of side {side} have {vectors} vectors left")
+        for name in chosen:
+            self._data[name] = address + vectors
             self.image[name, address] = vectors
-        return names, address
+        return chosen, address
 
 
 @dataclass(slots=True)

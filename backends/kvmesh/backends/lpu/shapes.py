@@ -125,7 +125,7 @@ def place_model(
         needed = None if chips is None else place_model(shape, None, codec, context, chip).chips
         raise ModelDoesNotFit(
             f"{shape.name} at {context} tokens of {codec} does not fit {chips} chips of "
-            f"{chip.sram_bytes >> 20} MiB; it needs {needed}"
+            f"{chip.data_bytes >> 20} MiB each for data; it needs {needed}"
             if needed
             else f"a layer of {shape.name} has {shape.layer_weights >> 20} MiB of weights, more "
             f"than the {chip.node_chips} chips of a node hold beside its cache"
@@ -153,9 +153,9 @@ def _fit(
         full = layers * weights_layer
         last = (layers - short) * weights_layer + ends * (2 if stages == 1 else 1)
         weights, kv = max(full, last), layers * kv_layer
-        if weights + kv <= chip.sram_bytes:
+        if weights + kv <= chip.data_bytes:
             return Placement(
                 shape, stages * group if chips is None else chips, group, stages, layers, weights,
-                kv, (chip.sram_bytes - weights) // max(1, kv),
+                kv, (chip.data_bytes - weights) // max(1, kv),
             )  # fmt: skip
     return None
