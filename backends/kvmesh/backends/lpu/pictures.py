@@ -31,6 +31,7 @@ _STYLE = (
 
 
 def _row(each: Instruction) -> str:
+    """The row of the chart that an instruction is drawn in."""
     kind, _, side = each.unit.partition("_")
     if kind == "MEM":
         return f"MEM {side[0]} {each.op}"

@@ -229,8 +229,9 @@ class Flow:
         begin = min((draft.cycle for draft in self.drafts), default=0)
         first = max(ready, self.earliest, -begin)
         zero = self.schedule.reservations.place(self.claims, first)
+        label = next((draft.label for draft in self.drafts if draft.label), "")
         for draft in self.drafts:
-            fixed = replace(draft, cycle=draft.cycle + zero)
+            fixed = replace(draft, cycle=draft.cycle + zero, label=label)
             self.schedule.instructions.append(fixed)
             if fixed.op == "write":
                 for value in values:
