@@ -81,7 +81,48 @@ def compile_command(
             console().print(f"{what}: {written}")
 
 
+@command
+def roofline(
+    model: Annotated[str, typer.Argument(help="A checkpoint's folder or a known name.")],
+    chips: Chips = None,
+    codec: Codec = "k4v4",
+    context: Context = None,
+    json: Json = False,
+) -> None:
+    """A bound for Groq 3 (LP30) from its data sheet: no instruction set of it is public."""
+    from dataclasses import asdict
+
+    from kvmesh.backends.lpu.compile import check_request
+    from kvmesh.backends.lpu.roofline import lp30_roofline
+    from kvmesh.backends.lpu.shapes import find_shape
+
+    shape = find_shape(model)
+    tokens = check_request(shape, codec, context)
+    bound = lp30_roofline(shape, codec, tokens, chips)
+    if json:
+        found = {"simulated": True, "level": "roofline and links", "chip": "LP30"}
+        print_json({**found, "context": tokens, **asdict(bound), "seconds": bound.seconds})
+        return
+    console().print(
+        f"{shape.name} on {bound.chips} LP30, {tokens} tokens of {codec}: at least "
+        f"{bound.seconds * 1e6:,.1f} µs per token (simulated; roofline and links only)"
+    )
+    print_table(
+        "",
+        ("bound", ">µs"),
+        [
+            (name, f"{seconds * 1e6:,.1f}")
+            for name, seconds in (
+                ("SRAM", bound.memory_s),
+                ("arithmetic", bound.compute_s),
+                ("links", bound.links_s),
+            )
+        ],
+    )
+
+
 app.command("compile")(command(compile_command))
+app.command("roofline")(roofline)
 
 
 def _bundled() -> Path:

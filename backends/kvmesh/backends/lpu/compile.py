@@ -85,6 +85,16 @@ def _kind(port: str) -> str:
     return {"VXM": "VXM ALU", "SXM": "SXM"}.get(kind) or f"{kind} {ends[name]}"
 
 
+def check_request(shape: ModelShape, codec: str, context: int | None) -> int:
+    """The context in tokens; None is the model's longest, at most 4096. Raises LpuError."""
+    if codec not in CODECS:
+        raise LpuError(f"codec is {codec!r}, must be one of {', '.join(CODECS)}")
+    context = min(shape.max_context, 4096) if context is None else context
+    if not 1 <= context <= shape.max_context:
+        raise LpuError(f"context is {context} tokens, {shape.name} takes 1 to {shape.max_context}")
+    return context
+
+
 def compile_model(
     shape: ModelShape,
     chips: int | None = None,
@@ -98,9 +108,7 @@ def compile_model(
 
     Raises LpuError for bad input: ModelDoesNotFit, or a codec or context that does not exist.
     """
-    if codec not in CODECS:
-        raise LpuError(f"codec is {codec!r}, must be one of {', '.join(CODECS)}")
-    context = min(shape.max_context, 4096) if context is None else context
+    context = check_request(shape, codec, context)
     placement = place_model(shape, chips, codec, context, CHIP)
     room = CHIP.room_to_work(placement.weight_bytes + placement.kv_bytes)
     work = Work(shape, placement.group, codec, context, tokens)

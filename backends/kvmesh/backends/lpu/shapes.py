@@ -112,8 +112,6 @@ def place_model(
     """
     if chips is not None and chips < 1:
         raise LpuError(f"chips is {chips}, must be 1 or more")
-    if not 1 <= context <= shape.max_context:
-        raise LpuError(f"context is {context} tokens, {shape.name} takes 1 to {shape.max_context}")
     fitting = [
         placement
         for group in range(1, chip.node_chips + 1)
