@@ -1,6 +1,7 @@
 """Models by their shape, and how a shape is shared out over chips."""
 
 from dataclasses import dataclass
+from itertools import product
 from math import ceil
 from pathlib import Path
 
@@ -142,18 +143,23 @@ def _fit(
     kv_layer = ceil(elements * (keys + values) / 8)
     weights_layer = ceil(shape.layer_weights / group)
     ends = ceil(shape.vocab * shape.hidden / group)
-    most = shape.num_layers if chips is None else min(chips // group, shape.num_layers)
-    for stages in range(1, most + 1) if chips is None else range(most, most + (most > 0)):
-        layers = ceil(shape.num_layers / stages)
-        # The first stage has the embedding and the last the head; one that is both has both.
-        # Where layers do not share out evenly, those two have one layer fewer than the fullest.
-        short = stages * layers - shape.num_layers >= 2
-        full = layers * weights_layer
-        last = (layers - short) * weights_layer + ends * (2 if stages == 1 else 1)
-        weights, kv = max(full, last), layers * kv_layer
+    most = shape.num_layers + 2
+    if chips is not None:
+        most = min(chips // group, most)
+    for stages, own in product(range(1, most + 1) if chips is None else (most,), (0, 2)):
+        # The first stage has the embedding and the last the head, or (own) each has a stage.
+        used = min(stages - own, shape.num_layers)
+        if used < 1:
+            continue
+        layers = ceil(shape.num_layers / used)
+        # Where layers do not share out evenly, the ends have one fewer than the fullest.
+        short = used * layers - shape.num_layers >= 2
+        last = (layers - short) * weights_layer + ends * (2 if used == 1 else 1)
+        weights = max(layers * weights_layer, ends if own else last)
+        kv = layers * kv_layer
         if weights + kv <= chip.data_bytes:
             return Placement(
-                shape, stages * group if chips is None else chips, group, stages, layers, weights,
-                kv, (chip.data_bytes - weights) // max(1, kv),
+                shape, (used + own) * group if chips is None else chips, group, used + own, layers,
+                weights, kv, (chip.data_bytes - weights) // max(1, kv),
             )  # fmt: skip
     return None

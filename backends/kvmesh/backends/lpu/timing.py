@@ -90,7 +90,7 @@ def _device(placement: Placement) -> DeviceInfo:
     chips, hz = placement.chips, CHIP.clock_hz
     int8 = CHIP.peak_int8_ops_per_cycle * hz * chips
     return DeviceInfo(
-        name=f"LPU v1 x {chips} (simulated)",
+        name=f"LPU v1 x {chips}",
         kind="simulated",
         architecture="tsp",
         memory_bytes=CHIP.sram_bytes * chips,
