@@ -64,11 +64,15 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class StepTimes:
-    """Where the device's time in one step went, by the device's clock."""
+    """Where the time of one step went. Measured, but for what is named simulated.
+
+    simulated_s: what the step would have taken on the device that is simulated; None if none is.
+    """
 
     total_s: float = 0.0
     seal_s: float = 0.0  # compressing and checksumming the blocks that filled
     sealed_blocks: int = 0
+    simulated_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,10 @@ from kvmesh.backends.errors import BackendUnavailable
 GROUP = "kvmesh.backends"
 AUTO = "auto"
 
-_BUILT_IN = {"cpu": "kvmesh.backends.cpu.backend:CpuBackend"}
+_BUILT_IN = {
+    "cpu": "kvmesh.backends.cpu.backend:CpuBackend",
+    "lpu": "kvmesh.backends.lpu.backend:LpuBackend",
+}
 _AUTO_ORDER = ("cpu",)  # fastest first; only backends that measure real time
 
 

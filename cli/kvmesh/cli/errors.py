@@ -48,13 +48,13 @@ def explain(error: Exception) -> tuple[str, int]:
     # Imported late: an error may take a moment longer, a start may not.
     import grpc
 
-    from kvmesh.backends.errors import BackendError, CheckpointError, DeviceError, ShapeError
+    from kvmesh.backends.errors import BackendError
     from kvmesh.integration.launch import MeshFailed
     from kvmesh.services.common.errors import ConfigError, MeshError, Overloaded, from_rpc
 
-    if isinstance(error, ConfigError | CheckpointError | DeviceError | ShapeError):
+    if isinstance(error, ConfigError | BackendError):
         return str(error), USAGE
-    if isinstance(error, (MeshFailed, BackendError)):
+    if isinstance(error, MeshFailed):
         return str(error), FAILED
     if isinstance(error, grpc.aio.AioRpcError):
         error = from_rpc(error, "mesh")

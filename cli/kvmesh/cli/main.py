@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from kvmesh.cli import bench, devices, evaluate, grpc_call, kv, model, plan, trace
+from kvmesh.cli import bench, devices, evaluate, grpc_call, kv, lpu, model, plan, trace
 from kvmesh.cli.chat import chat
 from kvmesh.cli.demo import demo
 from kvmesh.cli.doctor import doctor
@@ -51,6 +51,7 @@ app.add_typer(evaluate.app, name="eval")
 app.add_typer(model.app, name="model")
 app.add_typer(devices.app, name="devices")
 app.add_typer(plan.app, name="plan")
+app.add_typer(lpu.app, name="lpu")
 
 
 def main() -> None:

@@ -36,9 +36,18 @@ StopSeconds = Annotated[
 ]
 
 
+BackendName = Annotated[
+    str | None,
+    typer.Option(
+        "--backend", help="Backend of every worker, instead of the mesh.toml's.", show_default=False
+    ),
+]
+
+
 @command
 def up(
     config: ConfigFile = None,
+    backend: BackendName = None,
     run_dir: RunDir = None,
     detach: Detach = False,
     timeout: ReadySeconds = 180.0,
@@ -51,16 +60,32 @@ def up(
     from kvmesh.services.common.config import load_config
 
     mesh_config = load_config(config)
+    if backend is not None:
+        mesh_config = _with_backend(mesh_config, backend)
     path = resolve_run_dir(run_dir)
     choice = choose_codec(mesh_config.model, find_check(mesh_config.model))
     if choice.warning:
         console(stderr=True).print(f"[yellow]warning:[/] {choice.warning}")
     if detach:
-        _detached(config, path, timeout)
+        options = [] if config is None else ["--config", str(config.absolute())]
+        options += [] if backend is None else ["--backend", backend]
+        _detached(options, path, timeout)
         return
     code = asyncio.run(_foreground(mesh_config, path, timeout))
     if code:
         raise typer.Exit(code)
+
+
+def _with_backend(config: "MeshConfig", name: str) -> "MeshConfig":
+    """The mesh with that backend for every worker. Raises ConfigError if it cannot run here."""
+    from kvmesh.backends.registry import AUTO, unavailable_reason
+    from kvmesh.services.common.errors import ConfigError
+
+    reason = None if name == AUTO else unavailable_reason(name)
+    if reason is not None:
+        raise ConfigError(f"--backend {name}: {reason}")
+    workers = tuple(each.model_copy(update={"backend": name}) for each in config.workers)
+    return config.model_copy(update={"workers": workers})
 
 
 async def _foreground(config: "MeshConfig", run_dir: Path, timeout_s: float) -> int:
@@ -156,7 +181,7 @@ class _Starting:
         )
 
 
-def _detached(config: Path | None, run_dir: Path, timeout_s: float) -> None:
+def _detached(options: list[str], run_dir: Path, timeout_s: float) -> None:
     """Starts `kvmesh up --foreground` in a session of its own and waits until it is ready."""
     import subprocess
 
@@ -165,9 +190,7 @@ def _detached(config: Path | None, run_dir: Path, timeout_s: float) -> None:
     if running_state(run_dir) is not None:
         raise CommandFailed(f"a mesh already runs in {run_dir}; stop it with 'kvmesh down'", 2)
     command_line = [sys.executable, "-m", "kvmesh.cli.main", "up", "--foreground"]
-    command_line += ["--run-dir", str(run_dir), "--timeout", str(timeout_s)]
-    if config is not None:
-        command_line += ["--config", str(config.absolute())]
+    command_line += ["--run-dir", str(run_dir), "--timeout", str(timeout_s), *options]
     log = log_path(run_dir, "launcher")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:

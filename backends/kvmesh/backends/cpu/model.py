@@ -13,6 +13,7 @@ from kvmesh.backends.base import (
     ModelOptions,
     ModelSpec,
     Segment,
+    StepShape,
     StepTimes,
 )
 from kvmesh.backends.cost.fit import StepFit
@@ -128,12 +129,18 @@ class CpuModel:
         logits = stages.logits(tokens, step.wanted)
         total_s = self._clock() - began
         self._last_step = StepTimes(total_s, seal_s, len(step.filled))
+        self._last_shape = step.shape
         self._fit.observe(step.shape, total_s)
         return logits
 
     @property
     def last_step(self) -> StepTimes:
         return self._last_step
+
+    @property
+    def last_shape(self) -> StepShape:
+        """The work of the forward that returned last."""
+        return self._last_shape
 
     def estimate(self) -> Estimate:
         return self._fit.estimate()

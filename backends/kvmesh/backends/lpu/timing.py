@@ -1,0 +1,100 @@
+"""Seconds of a step on simulated LPU chips, from programs that were compiled and run."""
+
+import functools
+from dataclasses import dataclass
+
+from kvmesh.backends.base import DeviceInfo, Estimate, StepShape
+from kvmesh.backends.lpu.chip import LpuChip
+from kvmesh.backends.lpu.compile import CHIP, compile_model
+from kvmesh.backends.lpu.shapes import ModelShape, Placement
+
+_SHORT, _LONG = 64, 1024  # tokens of context
+_WIDE = 8  # tokens of one program
+_CHIP_W = 300.0  # the published thermal limit of one chip
+
+
+@dataclass(frozen=True, slots=True)
+class LpuClock:
+    """Between the programs that were compiled, cycles are linear in tokens and in context.
+
+    A program for `t` new tokens of one sequence at context `c` takes
+    first + t * token + (single or shared) * (c - 64) cycles, where the tokens of a prompt share one
+    reading of K and V and each decoding sequence needs its own.
+
+    device: what the chips are together. placement: how the model lies on them.
+    """
+
+    device: DeviceInfo
+    placement: Placement
+    chip: LpuChip
+    first: float
+    token: float
+    single: float  # cycles per token of context, of one sequence's decode
+    shared: float  # likewise, for each further token of a prompt
+
+    def step_seconds(self, shape: StepShape) -> float:
+        """One step: the tokens of a prompt, and of all that decode, go through the layers."""
+        tokens = shape.prefill_tokens + shape.decode_sequences
+        if tokens == 0:
+            return 0.0
+        context = max(0.0, shape.context_tokens / tokens - _SHORT)
+        readings = shape.decode_sequences + (shape.prefill_tokens > 0)
+        cycles = self.first + self.token * tokens + self.single * context * readings
+        cycles += self.shared * context * max(0, shape.prefill_tokens - 1)
+        return cycles / self.chip.clock_hz
+
+    def estimate(self) -> Estimate:
+        """A line that is exact for one decoding sequence, and near for others."""
+        hz = self.chip.clock_hz
+        return Estimate(
+            base_s=max(0.0, self.first - self.single * _SHORT) / hz,
+            prefill_token_s=self.token / hz,
+            decode_token_s=self.token / hz,
+            context_token_s=self.single / hz,
+            simulated=True,
+        )
+
+
+@functools.lru_cache(maxsize=16)
+def lpu_clock(shape: ModelShape, codec: str) -> LpuClock:
+    """Compiles four programs, on as few chips as hold the model; takes seconds.
+
+    Raises ModelDoesNotFit.
+    """
+    short = min(_SHORT, shape.max_context)
+    long = min(_LONG, shape.max_context)
+    at = {
+        (tokens, context): compile_model(shape, None, codec, context, tokens, whole=False)
+        for tokens in (1, _WIDE)
+        for context in {short, long}
+    }
+    one = at[1, short]
+    token = (at[_WIDE, short].cycles - one.cycles) / (_WIDE - 1)
+    single, wide = (
+        (at[tokens, long].cycles - at[tokens, short].cycles) / max(1, long - short)
+        for tokens in (1, _WIDE)
+    )
+    placement = one.placement
+    return LpuClock(
+        device=_device(placement),
+        placement=placement,
+        chip=CHIP,
+        first=one.cycles - token,
+        token=token,
+        single=single,
+        shared=max(0.0, (wide - single) / (_WIDE - 1)),
+    )
+
+
+def _device(placement: Placement) -> DeviceInfo:
+    chips, hz = placement.chips, CHIP.clock_hz
+    int8 = CHIP.peak_int8_ops_per_cycle * hz * chips
+    return DeviceInfo(
+        name=f"LPU v1 x {chips}",
+        kind="simulated",
+        architecture="tsp",
+        memory_bytes=CHIP.sram_bytes * chips,
+        bandwidth_bytes_s=CHIP.mem_bytes_per_cycle * hz * chips,
+        peak_flops=(("int8", int8), ("fp16", int8 / 4)),
+        power_w=_CHIP_W * chips,
+    )
