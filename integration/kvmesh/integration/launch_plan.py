@@ -158,8 +158,7 @@ def describe_exit(exit_code: int) -> str:
 def port_environment(addresses: tuple[str, ...], metrics: str = "") -> dict[str, str]:
     """Variables that bring a process back on the ports it had; empty for its first start."""
     ports = (address.rpartition(":")[2] for address in addresses)
-    names: tuple[str, str] = (PORT_VARIABLE, MESH_PORT_VARIABLE)
-    listeners = dict(zip(names, ports, strict=False))
+    variables = dict[str, str](zip((PORT_VARIABLE, MESH_PORT_VARIABLE), ports, strict=False))
     if metrics:
-        listeners[METRICS_PORT_VARIABLE] = metrics.rpartition(":")[2]
-    return listeners
+        variables[METRICS_PORT_VARIABLE] = metrics.rpartition(":")[2]
+    return variables
