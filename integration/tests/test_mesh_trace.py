@@ -5,13 +5,13 @@ from pathlib import Path
 
 import grpc
 import pytest
+from kvmesh.integration.traces import find_trace, load_spans
 from meshes import inference, mesh_config, prompts, ready
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 from kvmesh.integration.launch import LaunchOptions, running_mesh
 from kvmesh.integration.launch_state import spans_dir
 from kvmesh.integration.loadgen import run_request, token_request
-from kvmesh.integration.traces import find_trace, load_spans
 from kvmesh.services.common.config import RouterConfig
 from kvmesh.v1 import common_pb2, inference_pb2
 

@@ -51,7 +51,7 @@ def test_without_a_context_nothing_is_injected() -> None:
 
 
 def test_the_store_is_bounded(tmp_path: Path) -> None:
-    telemetry = Telemetry("x", "x", None)
+    telemetry = Telemetry("x", "x")
     store = LocalSpanStore(tmp_path / "x.jsonl", max_bytes=4_000)
     for number in range(100):
         span = telemetry.start(f"span {number}")
@@ -67,7 +67,7 @@ def test_the_store_is_bounded(tmp_path: Path) -> None:
 def test_a_store_that_cannot_be_written_drops_and_counts(tmp_path: Path) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("")
-    telemetry = Telemetry("x", "x", None)
+    telemetry = Telemetry("x", "x")
     store = LocalSpanStore(blocker / "spans" / "x.jsonl")
     span = telemetry.start("lost")
     span.end()

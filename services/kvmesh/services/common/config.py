@@ -77,6 +77,11 @@ class WorkerConfig(Section):
 
 class TelemetryConfig(Section):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    traces: bool = True  # the embedded receiver and its store
+    traces_port: Port = 0
+    traces_max_bytes: Annotated[int, Field(ge=1 << 20)] = 256 << 20
+    traces_max_age_s: Annotated[float, Field(gt=0)] = 7 * 86_400.0
+    otlp: Literal["join", "replace"] = "join"  # what OTEL_EXPORTER_OTLP_ENDPOINT does to the store
 
 
 class MeshConfig(Section):

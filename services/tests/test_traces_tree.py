@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 from kvmesh.integration.traces import (
     Span,
     bar,
