@@ -19,7 +19,7 @@ from kvmesh.services.common.errors import ConfigError
 
 WAIT_S = 30.0
 CONFIG = MeshConfig(kvcache=KvCacheConfig(shards=1), workers=(WorkerConfig(count=2),))
-MEMBERS = ["router", "tokenizer", "kvcache-0", "worker-0", "worker-1"]
+MEMBERS = ["traces", "router", "tokenizer", "kvcache-0", "worker-0", "worker-1"]
 
 # Says its addresses, notes its end in a file of all members, and behaves as FAKE_<member> says.
 FAKE_MEMBER = """
@@ -103,7 +103,7 @@ async def test_launch_starts_all_and_stops_in_order(fake: Fake):
     ends = fake.ends.read_text().split()
     assert ends[0] == "router"
     assert sorted(ends[1:3]) == ["worker-0", "worker-1"]
-    assert ends[3:] == ["kvcache-0", "tokenizer"]
+    assert ends[3:] == ["kvcache-0", "tokenizer", "traces"]
     assert not any(process_runs(pid) for pid in pids)
     assert read_state(fake.run_dir) is None
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvmesh.cli.bench_codec import codec
+from kvmesh.cli.bench_spans import spans
 from kvmesh.cli.options import ConfigFile, Json, command
 from kvmesh.cli.progress import progress_bar
 from kvmesh.cli.render import console, milliseconds, print_json, print_table
@@ -94,3 +95,4 @@ def _table(rows: "list[BenchRow]") -> None:
 
 app.command()(mesh)
 app.command()(codec)
+app.command()(spans)

@@ -29,7 +29,7 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MemberPlan:
-    """One process. kind: traces, router, tokenizer, kvcache, worker; role: of workers, else empty."""
+    """A process. kind: traces, router, tokenizer, kvcache, worker; role: of workers, else empty."""
 
     member_id: str
     kind: str
@@ -42,7 +42,7 @@ class MemberPlan:
 
 
 def plan_members(config: MeshConfig) -> tuple[MemberPlan, ...]:
-    """All processes: the trace receiver, which hears all others, then the router, which they join."""
+    """All processes: the trace receiver, which hears the rest, then the router, which they join."""
     shards = (MemberPlan(f"kvcache-{i}", "kvcache") for i in range(config.kvcache.shards))
     roles = (table.role for table in config.workers for _ in range(table.count))
     workers = (MemberPlan(f"worker-{i}", "worker", role) for i, role in enumerate(roles))

@@ -27,6 +27,8 @@ TTFT_PIECES = (
 TTFT_ORDER = ("queue", "tokenize", "route", "KV fetch", "prefill", "hand-over", "first step")
 FIRST_STEP = "first step"  # after the prefill: the token is chosen and reaches the router
 OTHER = "other"  # between the legs: messages on their way, threads that wait
+# Spans that last while others work: the path goes through what they wait for.
+OVERLAYS = (names.SPAN_DETOKENIZE, names.SPAN_HANDOVER)
 STALL_FACTOR = 3.0  # a wait so many times the median of its decode is a stall
 
 
@@ -83,8 +85,8 @@ def critical_path(spans: Sequence[Span]) -> set[str]:
             continue
         path.add(span.span_id)
         for child in sorted(children[span.span_id], key=lambda s: s.end_ns, reverse=True):
-            if span.start_ns <= child.start_ns < end and child.end_ns <= end:
-                waiting.append((child, child.end_ns))
+            if child.name not in OVERLAYS and span.start_ns <= child.start_ns < end:
+                waiting.append((child, min(end, child.end_ns)))
                 end = child.start_ns
     return path
 
@@ -152,7 +154,9 @@ def _windows(span: Span, origin: int) -> list[Window]:
     usual = sorted(row[3] for row in rows)[len(rows) // 2]
     return [
         Window((a - origin) / 1e6, (b - origin) / 1e6, n, mean, longest,
-               longest > STALL_FACTOR * usual)
+               longest > # Spans that last while others work: the path goes through what they wait for.
+OVERLAYS = (names.SPAN_DETOKENIZE, names.SPAN_HANDOVER)
+STALL_FACTOR * usual)
         for a, b, n, mean, longest in rows
     ]  # fmt: skip
 

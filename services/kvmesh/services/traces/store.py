@@ -119,7 +119,8 @@ class SpanStore:
         if used > self._limits.max_bytes:
             excess = used - KEEP_FRACTION * self._limits.max_bytes
             removed += self._remove_oldest(excess / used)
-        self._db.execute("PRAGMA incremental_vacuum").fetchall()
+        # A script is stepped to its end; execute() would free a single page.
+        self._db.executescript("PRAGMA incremental_vacuum")
         return removed
 
     def used_bytes(self) -> int:
@@ -252,6 +253,9 @@ class SpanReader:
             "SELECT DISTINCT service AS v FROM members WHERE service != '' ORDER BY 1"
         ).fetchall()
         return {name: [row["v"] for row in rows] for name, rows in found.items()}
+
+    def num_spans(self) -> int:
+        return int(self._db.execute("SELECT coalesce(sum(num_spans), 0) FROM traces").fetchone()[0])
 
     def counters(self) -> dict[str, int]:
         return {row["name"]: row["value"] for row in self._db.execute("SELECT * FROM counters")}

@@ -66,6 +66,7 @@ document.getElementById("theme").addEventListener("click", () =>
   setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark"));
 live.addEventListener("click", () => live.setAttribute("aria-pressed", String(live.getAttribute("aria-pressed") !== "true")));
 addEventListener("hashchange", show);
+addEventListener("resize", () => refresh && guarded(refresh));
 addEventListener("keydown", (event) => {
   const typing = ["INPUT", "SELECT", "TEXTAREA"].includes(event.target.tagName) && event.target.type !== "checkbox";
   if (event.key === "Escape") { typing ? event.target.blur() : document.body.dataset.view !== "list" && (location.hash = "#/"); return; }

@@ -8,12 +8,12 @@ export function h(tag, attributes = {}, ...children) {
     else if (value === true) node.setAttribute(name, "");
     else if (value !== false && value != null) node.setAttribute(name, value);
   }
-  node.append(...children.flat().filter((child) => child != null && child !== false));
+  node.append(...children.flat(Infinity).filter((child) => child != null && child !== false));
   return node;
 }
 
 export const ms = (value) =>
-  value == null ? "–" : value >= 10000 ? `${(value / 1000).toFixed(1)} s`
+  value == null ? "–" : value >= 1000 ? `${(value / 1000).toFixed(value >= 10000 ? 1 : 2)} s`
     : value >= 100 ? `${value.toFixed(0)} ms` : value >= 1 ? `${value.toFixed(1)} ms`
       : `${(value * 1000).toFixed(0)} µs`;
 export const seconds = (value) => (value == null ? "–" : ms(value * 1000));

@@ -6,7 +6,7 @@ export async function traceView(main, id) {
   const full = view.summary.trace_id;
   main.replaceChildren(
     h("div", { class: "bar" }, h("h1", {}, view.summary.name), clockTag(view.summary.clock),
-      h("span", { class: "dim mono grow" }, full),
+      h("span", { class: "dim grow" }, `${clockTime(view.summary.start_ns)}, ${day(view.summary.start_ns)}  `, h("span", { class: "mono" }, full)),
       view.linked.length ? h("a", { href: `#/compare/${full}/${view.linked[0].trace_id}` }, "Compare with linked") : null,
       download(full, "chrome", "Perfetto JSON"), download(full, "otlp", "OTLP JSON")),
     ...links(view), ...parts(view, false));
@@ -50,7 +50,7 @@ function facts(view) {
   const s = view.summary, kv = view.kv, cost = view.cost;
   const split = ["queue", "prefill", "decode", "kv"].filter((p) => `kvmesh.cost.${p}_usd` in cost)
     .map((p) => `${p} ${usd(cost[`kvmesh.cost.${p}_usd`])}`).join(", ");
-  const moved = (wire, raw) => wire ? [bytes(wire), h("small", {}, raw ? `on the wire, ${bytes(raw)} raw (${(raw / wire).toFixed(1)}×)` : "on the wire")] : "none";
+  const moved = (wire, raw) => wire ? [bytes(wire), h("small", {}, raw ? `on the wire, ${bytes(raw)} raw (${(raw / wire).toFixed(1)}x)` : "on the wire")] : "none";
   const rows = [
     ["TTFT", seconds(s.ttft_s)], ["TPOT", seconds(s.tpot_s)], ["Total", ms(s.duration_ms)],
     ["Prompt", [count(s.input_tokens), h("small", {}, "tokens")]],
@@ -60,7 +60,6 @@ function facts(view) {
     kv.tail_wire ? ["KV tail", [bytes(kv.tail_wire), h("small", {}, "unfinished block, not coded")]] : null,
     "kvmesh.cost.usd" in cost ? ["Price", [usd(cost["kvmesh.cost.usd"]), h("small", {}, split)]] : null,
     s.tenant ? ["Tenant", s.tenant] : null,
-    ["Started", [clockTime(s.start_ns), h("small", {}, day(s.start_ns))]],
   ].filter(Boolean);
   return h("div", { class: "card" }, h("dl", { class: "facts" }, rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))));
 }
@@ -139,8 +138,7 @@ function routes(view) {
     const known = new Set(["total_s", "prefill", "decode", "cached", "uncached", "rejected", ...TERMS.map(([k]) => k)]);
     const more = [...new Set(choice.candidates.flatMap(Object.keys))].filter((k) => !known.has(k));
     const columns = [...TERMS, ...more.map((k) => [k, k])];
-    return h("div", { class: "scroll" }, h("p", { class: "dim", style: { margin: "0 0 6px" } }, choice.reason,
-      choice.predicted_s != null ? ` Predicted ${seconds(choice.predicted_s)}.` : ""),
+    return h("div", { class: "scroll" }, h("p", { class: "dim", style: { margin: "0 0 6px" } }, choice.reason),
     h("table", {}, h("thead", {}, h("tr", {}, ["Workers", ...columns.map(([, t]) => t), "Cached", "To compute", "Predicted", ""].map((t, i) =>
       h("th", { class: i ? "num" : "", scope: "col" }, t)))),
     h("tbody", {}, choice.candidates.map((c) => h("tr", { class: !c.rejected && c.total_s === best ? "chosen" : "" },
