@@ -154,9 +154,7 @@ def _windows(span: Span, origin: int) -> list[Window]:
     usual = sorted(row[3] for row in rows)[len(rows) // 2]
     return [
         Window((a - origin) / 1e6, (b - origin) / 1e6, n, mean, longest,
-               longest > # Spans that last while others work: the path goes through what they wait for.
-OVERLAYS = (names.SPAN_DETOKENIZE, names.SPAN_HANDOVER)
-STALL_FACTOR * usual)
+               longest > STALL_FACTOR * usual)
         for a, b, n, mean, longest in rows
     ]  # fmt: skip
 

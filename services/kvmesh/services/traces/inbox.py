@@ -16,7 +16,7 @@ from kvmesh.services.traces.store import Limits, SpanStore
 
 logger = logging.getLogger(__name__)
 
-MAX_WAITING_BYTES = 8 << 20  # of encoded requests
+MAX_WAITING_BYTES = 4 << 20  # of encoded requests
 PRUNE_S = 5.0
 RETRY_S = 1.0  # between tries to open a store that cannot be used
 

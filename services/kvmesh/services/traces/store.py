@@ -2,7 +2,7 @@
 
 import json
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ KEEP_FRACTION = 0.9
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS spans (
-    trace_id TEXT NOT NULL, span_id TEXT NOT NULL, record TEXT NOT NULL,
-    PRIMARY KEY (trace_id, span_id)
-) WITHOUT ROWID;
+    trace_id TEXT NOT NULL, span_id TEXT NOT NULL, record TEXT NOT NULL
+);
+CREATE UNIQUE INDEX IF NOT EXISTS spans_by_id ON spans (trace_id, span_id);
 CREATE TABLE IF NOT EXISTS traces (
     trace_id TEXT PRIMARY KEY, start_ns INTEGER, end_ns INTEGER, num_spans INTEGER,
     num_simulated INTEGER, errors INTEGER, num_bytes INTEGER, has_parent INTEGER,
@@ -43,6 +43,7 @@ _ROOT = (
     "input_tokens", "cached_tokens", "output_tokens", "cost_usd",
 )  # fmt: skip
 _BETTER = "(excluded.has_parent, excluded.root_ns) < (traces.has_parent, traces.root_ns)"
+_INSERT = "INSERT OR IGNORE INTO spans VALUES (?, ?, ?)"
 _UPSERT = f"""
 INSERT INTO traces (trace_id, start_ns, end_ns, num_spans, num_simulated, errors, num_bytes,
     has_parent, root_ns, {", ".join(_ROOT)})
@@ -89,23 +90,25 @@ class SpanStore:
             raise
         path.chmod(0o600)
 
-    def append(self, records: Iterable[dict[str, Any]], counts: Mapping[str, int]) -> None:
+    def append(self, records: Sequence[dict[str, Any]], counts: Mapping[str, int]) -> None:
         """All of it or, with an exception, nothing. counts: added to the counters of that name.
 
         A span that is stored already (a retry of its sender) is not counted again.
         """
+        rows = [
+            (r["trace_id"], r["span_id"], json.dumps(r, separators=(",", ":"), ensure_ascii=False))
+            for r in records
+        ]
         with self._db:
-            parts: dict[str, Part] = {}
-            for record in records:
-                text = json.dumps(record, separators=(",", ":"), ensure_ascii=False)
-                key = (record["trace_id"], record["span_id"], text)
-                new = self._db.execute("INSERT OR IGNORE INTO spans VALUES (?, ?, ?)", key)
-                if new.rowcount:
-                    part = parts.setdefault(record["trace_id"], Part(record["start_ns"]))
-                    part.add(record, len(text))
-                    self._relate(record)
-            for trace_id, part in parts.items():
-                self._db.execute(_UPSERT, _columns(trace_id, part))
+            if self._db.executemany(_INSERT, rows).rowcount < len(rows):
+                self._db.rollback()
+                pairs = [
+                    (record, row)
+                    for record, row in zip(records, rows, strict=True)
+                    if self._db.execute(_INSERT, row).rowcount
+                ]
+                records, rows = [r for r, _ in pairs], [row for _, row in pairs]
+            self._relate(records, [len(row[2]) for row in rows])
             self._count(counts)
 
     def prune(self, now_s: float) -> int:
@@ -130,13 +133,17 @@ class SpanStore:
     def close(self) -> None:
         self._db.close()
 
-    def _relate(self, record: dict[str, Any]) -> None:
-        trace_id = record["trace_id"]
-        for link in record["links"]:
-            pair = (trace_id, link["trace_id"])
-            self._db.execute("INSERT OR IGNORE INTO links VALUES (?, ?)", pair)
-        row = (trace_id, record["member"], record["service"])
-        self._db.execute("INSERT OR IGNORE INTO members VALUES (?, ?, ?)", row)
+    def _relate(self, records: Sequence[dict[str, Any]], sizes: Sequence[int]) -> None:
+        """Adds new spans to what is known of their traces."""
+        parts: dict[str, Part] = {}
+        for record, size in zip(records, sizes, strict=True):
+            part = parts.setdefault(record["trace_id"], Part(record["start_ns"]))
+            part.add(record, size)
+        self._db.executemany(_UPSERT, [_columns(*item) for item in parts.items()])
+        members = {(r["trace_id"], r["member"], r["service"]) for r in records}
+        self._db.executemany("INSERT OR IGNORE INTO members VALUES (?, ?, ?)", members)
+        links = {(r["trace_id"], link["trace_id"]) for r in records for link in r["links"]}
+        self._db.executemany("INSERT OR IGNORE INTO links VALUES (?, ?)", links)
 
     def _count(self, counts: Mapping[str, int]) -> None:
         self._db.executemany(
