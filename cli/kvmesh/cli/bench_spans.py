@@ -32,6 +32,6 @@ async def spans(num_spans: NumSpans = 100_000, rounds: Rounds = 3, json: Json = 
         return
     memory = size(result.peak_rss_bytes) if result.peak_rss_bytes is not None else "unknown"
     console().print(
-        f"{result.spans_per_s:,.0f} spans/s into the store, {result.dropped:,} of "
-        f"{result.spans:,} dropped, receiver at most {memory}"
+        f"{result.spans_per_s:,.0f} spans/s into the store ({result.spans:,} in "
+        f"{result.seconds:.1f} s), receiver at most {memory}"
     )

@@ -16,7 +16,7 @@ from kvmesh.services.traces.store import Limits, SpanStore
 
 logger = logging.getLogger(__name__)
 
-MAX_WAITING_BYTES = 4 << 20  # of encoded requests
+MAX_WAITING_BYTES = 2 << 20  # of encoded requests
 PRUNE_S = 5.0
 RETRY_S = 1.0  # between tries to open a store that cannot be used
 
@@ -81,11 +81,11 @@ class Inbox:
                 self._wake.wait_for(lambda: self._waiting or self._stopped, PRUNE_S)
                 if self._stopped and not self._waiting:
                     break
-                taken = [request for request, _ in self._waiting]
-                self._waiting.clear()
-                self._bytes = 0
-            for request in taken:
-                self._keep(request)
+                taken = self._waiting.popleft() if self._waiting else None
+            if taken is not None:
+                self._keep(taken[0])
+                with self._wake:
+                    self._bytes -= taken[1]
             self._prune()
         self._flush_counts()
 
