@@ -132,7 +132,7 @@ async def test_launch_kills_a_member_that_does_not_stop(fake: Fake):
     assert not process_runs(pid)
     assert mesh.members["worker-0"].exit_code == -signal.SIGKILL
     assert mesh.members["worker-1"].exit_code == 0
-    assert fake.ends.read_text().split()[-1] == "tokenizer"
+    assert fake.ends.read_text().split()[-1] == "traces"
 
 
 async def test_launch_kills_a_member_that_is_frozen(fake: Fake):

@@ -21,14 +21,17 @@ BATCH = 512  # spans of a request, as a service sends them
 SPANS_PER_TRACE = 16
 IN_FLIGHT = 4
 POLL_S = 0.02
+BACK_OFF_S = 0.15  # after a batch that found no room
 READY_S = 30.0
 CONFIG = "[telemetry]\ntraces_port = 0\n"
 
 
 @dataclass(frozen=True, slots=True)
 class SpansResult:
-    """refused: spans that found the receiver behind, and were sent again. peak_rss_bytes: of the receiver, None
-    where the system does not say."""
+    """refused: spans that found the receiver behind, and were sent again.
+
+    peak_rss_bytes: of the receiver; None where the system does not say.
+    """
 
     spans: int
     stored: int
@@ -86,7 +89,7 @@ async def _send(address: str, batches: list[bytes]) -> int:
             if answer.partial_success.rejected_spans:
                 rejected += answer.partial_success.rejected_spans
                 waiting.append(batch)
-                await asyncio.sleep(POLL_S)
+                await asyncio.sleep(BACK_OFF_S)
 
     async with grpc.aio.insecure_channel(address) as channel:
         await asyncio.gather(*(one(channel) for _ in range(IN_FLIGHT)))
