@@ -44,6 +44,9 @@ $(VENV)/installed-dev: $(VENV)/installed requirements/dev.txt requirements/parit
 	$(PIP) --require-hashes --requirement requirements/dev.txt
 	$(PIP) --require-hashes --requirement requirements/parity.txt \
 	  || echo "no CPU build of torch for this machine: the tests that need it will be skipped"
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+	  && apt-get update -qq && apt-get install -y -qq chromium >/dev/null; } \
+	  || echo "no chromium: the tests of the tracing page will be skipped"
 	touch $@
 
 $(VENV)/packages: requirements/cpu.txt

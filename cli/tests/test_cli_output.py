@@ -13,12 +13,14 @@ from kvmesh.cli.options import command
 from kvmesh.cli.render import plain, size
 from kvmesh.cli.sampling import Prompt, Sampling, build_request
 from kvmesh.client import Answer
+from kvmesh.integration.launch_state import traces_path
+from kvmesh.services.traces.store import Limits, SpanStore
 from kvmesh.v1 import common_pb2, inference_pb2
 
 MS = 1_000_000
 
 
-def write_trace(run_dir: Path) -> None:
+def write_trace(run_dir: Path, lost: int = 0) -> None:
     def record(span_id: str, parent: str | None, member: str, start: int, end: int, **more):
         return {
             "trace_id": "ab" * 16,
@@ -33,6 +35,8 @@ def write_trace(run_dir: Path) -> None:
             "status_message": "",
             "attributes": {},
             "events": [],
+            "links": [],
+            "resource": {},
             **more,
         }
 
@@ -42,9 +46,9 @@ def write_trace(run_dir: Path) -> None:
         record("prefill", "chat mini", "worker-0", 20, 60, attributes={"kvmesh.tokens": 9}),
         record("kv put", "prefill", "kvcache-0", 50, 55, status="ERROR", status_message="full"),
     ]
-    folder = run_dir / "spans"
-    folder.mkdir(parents=True)
-    (folder / "all.jsonl").write_text("".join(json.dumps(span) + "\n" for span in spans))
+    store = SpanStore(traces_path(run_dir), Limits(1 << 20, 1e12))
+    store.append(spans, {"dropped_full": lost})
+    store.close()
 
 
 def trace(run_dir: Path, *arguments: str):
@@ -90,6 +94,20 @@ def test_cli_output_trace_json(tmp_path: Path):
     assert "chat mini" in trace(tmp_path, "list")
 
 
+def test_cli_output_trace_export_and_losses(tmp_path: Path):
+    write_trace(tmp_path, lost=3)
+    chrome = json.loads(trace(tmp_path, "export", "abab"))
+    assert {e["name"] for e in chrome["traceEvents"] if e["ph"] == "X"} == {
+        "chat mini",
+        "prefill",
+        "kv put",
+    }
+    otlp = json.loads(trace(tmp_path, "export", "last", "--format", "otlp"))
+    assert otlp["resourceSpans"][0]["scopeSpans"][0]["spans"][0]["traceId"] == "ab" * 16
+    result = CliRunner().invoke(app, ["trace", "list", "--run-dir", str(tmp_path)])
+    assert "3 spans were dropped" in result.stderr
+
+
 def test_cli_output_trace_that_is_not_there(tmp_path: Path):
     write_trace(tmp_path)
     run = ["trace", "show", "ff", "--run-dir", str(tmp_path)]
@@ -98,7 +116,7 @@ def test_cli_output_trace_that_is_not_there(tmp_path: Path):
     assert "no trace ff; 'kvmesh trace list' shows what there is" in result.stderr
     result = CliRunner().invoke(app, ["trace", "list", "--run-dir", str(tmp_path / "none")])
     assert result.exit_code == 1
-    assert "send a request first" in result.stderr
+    assert "send a request to a mesh first" in result.stderr
 
 
 def test_cli_output_answer_adds_up_its_responses():

@@ -11,13 +11,13 @@ from typing import Any
 
 import openai
 import pytest
+from kvmesh.integration.traces import load_spans
 from meshes import inference, mesh_config, prompts, ready
 from openai.types.chat import ChatCompletionMessageParam
 
 from kvmesh.integration.launch import Mesh, running_mesh
 from kvmesh.integration.launch_state import log_path, spans_dir
 from kvmesh.integration.loadgen import run_request
-from kvmesh.integration.traces import load_spans
 from kvmesh.services.common.config import GatewayConfig, RouterConfig, WorkerConfig
 from kvmesh.v1 import common_pb2, inference_pb2
 

@@ -29,6 +29,7 @@ def test_launch_plan_numbers_workers_over_all_tables():
         workers=(WorkerConfig(role="prefill", count=2), WorkerConfig(role="decode")),
     )
     assert [(m.member_id, m.kind, m.role) for m in plan_members(config)] == [
+        ("traces", "traces", ""),
         ("router", "router", ""),
         ("tokenizer", "tokenizer", ""),
         ("kvcache-0", "kvcache", ""),
@@ -41,10 +42,29 @@ def test_launch_plan_numbers_workers_over_all_tables():
     assert plan_members(without) == plan_members(config)[:-1]
 
 
+def test_launch_plan_a_mesh_without_a_receiver_keeps_no_traces():
+    config = MeshConfig(telemetry=TelemetryConfig(traces=False))
+    assert all(plan.needed for plan in plan_members(config))
+
+
+def test_launch_plan_the_receiver_may_fail_once_it_was_tried():
+    process = MemberProcess(MemberPlan("traces", "traces"), RestartPolicy(max_start_crashes=2))
+    assert not process.settled
+    process.started(100)
+    assert not process.settled
+    process.exited(1, 0.0)
+    assert process.settled
+    crashed(process, 1.0)
+    assert process.phase is Phase.FAILED
+    assert process.settled
+
+
 def test_launch_plan_stops_what_takes_requests_first_and_each_member_once():
     members = plan_members(MeshConfig(kvcache=KvCacheConfig(shards=0)))
     workers = ("worker-0", "worker-1")
-    assert stop_order(members) == (("gateway",), ("router",), workers, ("tokenizer",))
+    assert stop_order(members) == (
+        ("gateway",), ("router",), workers, ("tokenizer",), ("traces",)
+    )  # fmt: skip
 
 
 def test_launch_plan_back_off_doubles_up_to_its_limit():

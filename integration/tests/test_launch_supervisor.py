@@ -23,7 +23,7 @@ CONFIG = MeshConfig(
     gateway=GatewayConfig(enabled=False),
     workers=(WorkerConfig(count=2),),
 )
-MEMBERS = ["router", "tokenizer", "kvcache-0", "worker-0", "worker-1"]
+MEMBERS = ["traces", "router", "tokenizer", "kvcache-0", "worker-0", "worker-1"]
 
 # Says its addresses, notes its end in a file of all members, and behaves as FAKE_<member> says.
 FAKE_MEMBER = """
@@ -107,7 +107,7 @@ async def test_launch_starts_all_and_stops_in_order(fake: Fake):
     ends = fake.ends.read_text().split()
     assert ends[0] == "router"
     assert sorted(ends[1:3]) == ["worker-0", "worker-1"]
-    assert ends[3:] == ["kvcache-0", "tokenizer"]
+    assert ends[3:] == ["kvcache-0", "tokenizer", "traces"]
     assert not any(process_runs(pid) for pid in pids)
     assert read_state(fake.run_dir) is None
 
@@ -136,7 +136,7 @@ async def test_launch_kills_a_member_that_does_not_stop(fake: Fake):
     assert not process_runs(pid)
     assert mesh.members["worker-0"].exit_code == -signal.SIGKILL
     assert mesh.members["worker-1"].exit_code == 0
-    assert fake.ends.read_text().split()[-1] == "tokenizer"
+    assert fake.ends.read_text().split()[-1] == "traces"
 
 
 async def test_launch_kills_a_member_that_is_frozen(fake: Fake):

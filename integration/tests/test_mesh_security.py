@@ -7,12 +7,15 @@ import trustme
 from meshes import mesh_config, prompts
 
 from kvmesh.integration.launch import running_mesh
+from kvmesh.integration.launch_state import traces_path
 from kvmesh.integration.loadgen import run_request, token_request
 from kvmesh.services.common.client import Link
 from kvmesh.services.common.config import MeshConfig, RouterConfig, SecurityConfig, WorkerConfig
 from kvmesh.services.common.errors import ConfigError
 from kvmesh.services.common.security import Security
 from kvmesh.services.router.client import InferenceClient
+from kvmesh.services.traces.query import Filter
+from kvmesh.services.traces.store import SpanReader
 from kvmesh.v1 import common_pb2
 
 GREEDY = common_pb2.SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -55,8 +58,10 @@ async def test_tls_and_token_through_the_whole_mesh(tmp_path: Path) -> None:
         assert "Unavailable" in await ask(worker, Security(ca=ca, token="s3cret-token"))
     for log in (run_dir / "logs").iterdir():
         assert "s3cret-token" not in log.read_text()
-    for spans in (run_dir / "spans").iterdir():
-        assert "s3cret-token" not in spans.read_text()
+    with SpanReader(traces_path(run_dir)) as reader:
+        assert reader.newest(Filter(), 10)
+    for store in run_dir.glob("traces.sqlite*"):
+        assert b"s3cret-token" not in store.read_bytes()
 
 
 async def test_an_open_address_needs_tls_and_a_token(tmp_path: Path) -> None:

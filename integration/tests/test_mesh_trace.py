@@ -9,10 +9,12 @@ from meshes import inference, mesh_config, prompts, ready
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 from kvmesh.integration.launch import LaunchOptions, running_mesh
-from kvmesh.integration.launch_state import spans_dir
+from kvmesh.integration.launch_state import traces_path
 from kvmesh.integration.loadgen import run_request, token_request
-from kvmesh.integration.traces import find_trace, load_spans
-from kvmesh.services.common.config import RouterConfig
+from kvmesh.services.common.config import RouterConfig, TelemetryConfig
+from kvmesh.services.traces.query import Filter
+from kvmesh.services.traces.store import SpanReader
+from kvmesh.services.traces.view import trace_view
 from kvmesh.v1 import common_pb2, inference_pb2
 
 LEGS = {
@@ -49,7 +51,11 @@ async def test_every_leg_is_in_the_one_trace(tmp_path: Path) -> None:
         result = await run_request(client, long_request(), seen.append)
     assert result.error == ""
     assert result.usage.prefill_worker
-    spans = find_trace(load_spans(spans_dir(tmp_path)), seen[-1].trace_id)
+    with SpanReader(traces_path(tmp_path)) as reader:
+        spans = reader.spans(seen[-1].trace_id)
+        summary = reader.summary(seen[-1].trace_id)
+        assert [t.trace_id for t in reader.newest(Filter(), 10)] == [seen[-1].trace_id]
+        assert not [name for name in reader.counters() if name.startswith("dropped")]
     by_id = {span.span_id: span for span in spans}
     roots = [span for span in spans if span.parent_id not in by_id]
     assert [span.name for span in roots] == ["chat mini"]
@@ -62,6 +68,14 @@ async def test_every_leg_is_in_the_one_trace(tmp_path: Path) -> None:
     assert root["gen_ai.response.finish_reasons"] == ["length"]
     decode = [span for span in spans if span.name == "decode"][-1]
     assert 0 < len(decode.events) <= 128
+    assert summary is not None
+    assert (summary.model, summary.output_tokens, summary.clock) == ("mini", 300, "measured")
+    view = trace_view(spans, summary, [])
+    assert sum(piece["ms"] for piece in view["ttft"]) == pytest.approx(result.usage.ttft_s * 1e3)
+    assert {"tokenize", "route", "prefill"} <= {piece["name"] for piece in view["ttft"]}
+    assert sum(window["tokens"] for window in view["decode"]) > 100
+    assert view["kv"]["stored_raw"] > view["kv"]["stored_wire"] > 0
+    assert view["routes"][0]["candidates"][0]["prefill_s"] > 0
     # No span per token: the number of spans does not grow with the output.
     assert len(spans) < 40
 
@@ -82,7 +96,8 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
         return trace_service_pb2.ExportTraceServiceResponse()
 
 
-async def test_the_standard_variable_sends_spans_over_otlp(tmp_path: Path) -> None:
+@pytest.mark.parametrize("otlp", ["join", "replace"])
+async def test_the_standard_variable_joins_or_replaces_the_store(tmp_path: Path, otlp: str) -> None:
     server, collector = grpc.aio.server(), Collector()
     trace_service_pb2_grpc.add_TraceServiceServicer_to_server(collector, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -93,10 +108,11 @@ async def test_the_standard_variable_sends_spans_over_otlp(tmp_path: Path) -> No
             "OTEL_EXPORTER_OTLP_INSECURE": "true",
         }
     )
+    config = mesh_config(telemetry=TelemetryConfig(otlp=otlp))
     seen: list[inference_pb2.GenerateResponse] = []
     try:
         async with (
-            running_mesh(mesh_config(), tmp_path, options) as mesh,
+            running_mesh(config, tmp_path, options) as mesh,
             inference(await ready(mesh)) as client,
         ):
             sampling = common_pb2.SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -107,7 +123,11 @@ async def test_the_standard_variable_sends_spans_over_otlp(tmp_path: Path) -> No
     finally:
         await server.stop(0)
     assert {"chat mini", "route", "worker run", "prefill", "decode"} <= names
-    assert not list(spans_dir(tmp_path).glob("*.jsonl"))
+    stored = []
+    if traces_path(tmp_path).exists():
+        with SpanReader(traces_path(tmp_path)) as reader:
+            stored = reader.spans(seen[-1].trace_id)
+    assert bool(stored) is (otlp == "join")
 
 
 pytestmark = pytest.mark.timeout(180)

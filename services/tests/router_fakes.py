@@ -8,10 +8,10 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
+from span_sink import SpanSink
 
 from kvmesh.services.common.client import Link
 from kvmesh.services.common.config import MeshConfig, RouterConfig
@@ -318,11 +318,11 @@ class MeshOfFakes:
 
 @asynccontextmanager
 async def mesh_of(
-    *fakes: Fake, spans: Path | None = None, **router: Any
+    *fakes: Fake, spans: SpanSink | None = None, **router: Any
 ) -> AsyncIterator[MeshOfFakes]:
     """A router on random ports with these members; leases are long, so no test renews one."""
     config = MeshConfig(router=RouterConfig(port=0, **{"lease_s": 600.0, **router}))
-    telemetry = Telemetry("router", "router", spans)
+    telemetry = Telemetry("router", "router", spans.senders if spans else None)
     service = RouterService(ProcessContext(config, "router", "", Security(), telemetry))
     bound: asyncio.Future[Sequence[str]] = asyncio.get_running_loop().create_future()
     stop = asyncio.Event()

@@ -74,7 +74,7 @@ class Mesh:
     links: Links = field(default_factory=Links)
     stores: dict[str, BlockStore] = field(default_factory=dict)
     servers: dict[str, BoundServer] = field(default_factory=dict)
-    telemetry: Telemetry = field(default_factory=lambda: Telemetry("kvcache", "test", None))
+    telemetry: Telemetry = field(default_factory=lambda: Telemetry("kvcache", "test"))
     clients: list[KvCacheClient] = field(default_factory=list)
 
     @property

@@ -63,7 +63,7 @@ def context_for(mesh_address: str, telemetry: Telemetry) -> ProcessContext:
 
 
 async def test_life_of_the_process() -> None:
-    telemetry = Telemetry("kvcache", "kvcache-3", None)
+    telemetry = Telemetry("kvcache", "kvcache-3")
     stop = asyncio.Event()
     ready: asyncio.Future[str] = asyncio.get_running_loop().create_future()
     async with router() as (recording, mesh_address):
@@ -92,7 +92,7 @@ async def test_life_of_the_process() -> None:
 
 
 async def test_a_failed_start_can_be_closed() -> None:
-    telemetry = Telemetry("kvcache", "kvcache-3", None)
+    telemetry = Telemetry("kvcache", "kvcache-3")
     service = KvCacheService(context_for("127.0.0.1:1", telemetry))
     await service.close()
     await service.close()
@@ -100,7 +100,7 @@ async def test_a_failed_start_can_be_closed() -> None:
 
 
 def test_a_restarted_process_keeps_its_port(monkeypatch: pytest.MonkeyPatch) -> None:
-    telemetry = Telemetry("kvcache", "kvcache-3", None)
+    telemetry = Telemetry("kvcache", "kvcache-3")
     context = context_for("127.0.0.1:1", telemetry)
     assert KvCacheService(context).listeners[0].port == 0
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -116,7 +116,7 @@ def test_a_restarted_process_keeps_its_port(monkeypatch: pytest.MonkeyPatch) -> 
 
 async def test_probe_uses_the_given_credentials() -> None:
     """With a token on the server and none on the probe, the shard must not come up."""
-    telemetry = Telemetry("kvcache", "kvcache-3", None)
+    telemetry = Telemetry("kvcache", "kvcache-3")
     service = KvCacheService(context_for("127.0.0.1:1", telemetry))
     bound = BoundServer(service.listeners[0], Security(token="secret"))
     service.register([bound.server])

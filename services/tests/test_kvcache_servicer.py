@@ -1,17 +1,16 @@
 """One shard over real gRPC with real sealed blocks: verification, leases, watches, limits."""
 
 import asyncio
-import json
 import random
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from span_sink import SpanSink
 
 from kvmesh.kernels.block import finish
 from kvmesh.kernels.layout import KvLayout
@@ -91,11 +90,11 @@ async def running(
     max_bytes: int = 64 << 20,
     faults: bool = False,
     max_behind: int = 1024,
-    spans: Path | None = None,
+    spans: SpanSink | None = None,
 ) -> AsyncIterator[Shard]:
     store = BlockStore(max_bytes, "life-")
     feed = EventFeed(7, store.keys, max_behind)
-    tracing = Telemetry("kvcache", "kvcache-0", spans)
+    tracing = Telemetry("kvcache", "kvcache-0", spans.senders if spans else None)
     servicer = KvCacheServicer(
         Identity("kvcache-0", 7, faults), store, feed, tracing, lambda: shard.now
     )
@@ -334,16 +333,17 @@ async def test_limits_name_the_value_and_the_limit() -> None:
         assert shard.store.keys() == []
 
 
-async def test_spans_hang_under_the_callers(tmp_path: Path) -> None:
+async def test_spans_hang_under_the_callers() -> None:
+    sink = SpanSink()
     blocks = chain(2)
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    async with running(spans=tmp_path) as shard:
+    async with running(spans=sink) as shard:
         call = shard.stub.Get(
             pb.GetRequest(keys=[b.key for b in blocks]), metadata=(("traceparent", parent),)
         )
         assert len([r async for r in call]) == 2
         await asyncio.wait_for(shard.servicer.drain(), TIMEOUT)
-    (span,) = map(json.loads, (tmp_path / "kvcache-0.jsonl").read_text().splitlines())
+    (span,) = sink.records
     assert (span["name"], span["trace_id"]) == (names.SPAN_KV_GET, parent[3:35])
     assert span["parent_id"] == parent[36:52]
     assert span["attributes"][names.BLOCKS] == 2

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import random
-from pathlib import Path
 
 import grpc
 import pytest
@@ -22,6 +21,7 @@ from router_fakes import (
     tokens,
     until,
 )
+from span_sink import SpanSink
 
 from kvmesh.services.common.errors import Expired, MeshError, Unavailable, status_number
 from kvmesh.services.kvcache.keys import block_keys, root_key
@@ -547,13 +547,13 @@ async def test_a_lease_that_runs_out_ends_membership() -> None:
         assert status is grpc.StatusCode.UNAVAILABLE
 
 
-async def test_one_trace_tells_the_whole_request(tmp_path: Path) -> None:
+async def test_one_trace_tells_the_whole_request() -> None:
+    sink = SpanSink()
     first, second = FakeWorker("worker-0", "prefill"), FakeWorker("worker-1", "decode")
     ids = prompt(300)
-    async with mesh_of(first, second, FakeTokenizer(), spans=tmp_path) as mesh:
+    async with mesh_of(first, second, FakeTokenizer(), spans=sink) as mesh:
         heard = await hear(mesh.client, tokens(ids, 6))
-    lines = (tmp_path / "router.jsonl").read_text().splitlines()
-    spans = {span["name"]: span for span in map(json.loads, lines)}
+    spans = {span["name"]: span for span in sink.records}
     root = spans["chat mini"]
     assert set(spans) == {"chat mini", "tokenize", "route", "hand-over", "detokenize"}
     assert {span["trace_id"] for span in spans.values()} == {heard.last.trace_id}

@@ -58,7 +58,7 @@ class Served:
 
 @asynccontextmanager
 async def serving(codec: TextCodec, port: int = 0) -> AsyncIterator[Served]:
-    telemetry = Telemetry("tokenizer", "tokenizer", None)
+    telemetry = Telemetry("tokenizer", "tokenizer")
     server = grpc.aio.server(interceptors=[MeshInterceptor()], options=(("grpc.so_reuseport", 0),))
     with ThreadPoolExecutor(2) as executor:
         servicer = TokenizerServicer(codec, executor, telemetry)
@@ -443,7 +443,7 @@ async def mesh(servicer: RecordingMesh) -> AsyncIterator[ProcessContext]:
     mesh_pb2_grpc.add_MeshServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    telemetry = Telemetry("tokenizer", "tokenizer", None)
+    telemetry = Telemetry("tokenizer", "tokenizer")
     try:
         yield ProcessContext(MeshConfig(), "tokenizer", f"127.0.0.1:{port}", Security(), telemetry)
     finally:
@@ -485,7 +485,7 @@ async def test_process_that_the_mesh_refuses_ends() -> None:
 
 
 def test_missing_model_is_named_before_anything_is_bound() -> None:
-    telemetry = Telemetry("tokenizer", "tokenizer", None)
+    telemetry = Telemetry("tokenizer", "tokenizer")
     config = MeshConfig(model=ModelConfig(name="absent"))
     context = ProcessContext(config, "tokenizer", "", Security(), telemetry)
     with pytest.raises(ConfigError, match="'absent' is not bundled"):

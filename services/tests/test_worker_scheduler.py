@@ -299,7 +299,7 @@ def test_marks_of_a_decode_are_few_and_spread() -> None:
     for count in range(1, 5000):
         times.mark(float(count), count)
         assert len(times.marks) < MAX_MARKS
-    counts = np.array([count for _, count in times.marks])
+    counts = np.array([count for _, count, _ in times.marks])
     assert len(counts) >= MAX_MARKS // 2 - 1
     assert len(set(np.diff(counts))) == 1
 

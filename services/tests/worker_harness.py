@@ -71,7 +71,7 @@ async def worker(
     model: Model, mesh_address: str = "", **settings: Any
 ) -> AsyncIterator[tuple[WorkerService, str]]:
     config = MeshConfig(workers=(WorkerConfig(**settings),))
-    telemetry = Telemetry("worker", "worker-0", None)
+    telemetry = Telemetry("worker", "worker-0")
     context = ProcessContext(config, "worker-0", mesh_address, Security(), telemetry, 77)
     service = WorkerService(context, lambda config, worker: model)
     try:
@@ -84,7 +84,7 @@ async def worker(
 @asynccontextmanager
 async def shard() -> AsyncIterator[tuple[KvCacheService, str]]:
     config = MeshConfig(kvcache=KvCacheConfig(max_bytes=8 << 20))
-    telemetry = Telemetry("kvcache", "kvcache-0", None)
+    telemetry = Telemetry("kvcache", "kvcache-0")
     try:
         async with mesh() as (_, mesh_address):
             context = ProcessContext(config, "kvcache-0", mesh_address, Security(), telemetry, 5)

@@ -21,7 +21,7 @@ from kvmesh.cli.up import show_progress
 
 if TYPE_CHECKING:
     from kvmesh.client import Answer, AsyncClient
-    from kvmesh.integration.traces import Row
+    from kvmesh.services.traces.tree import Row
     from kvmesh.v1 import inference_pb2
 
 NUM_FACTS = 4
@@ -62,16 +62,18 @@ async def demo(tokens: Tokens = 1024, seed: Seed = DEMO_SEED, json: Json = False
     """Start a mesh, ask it two questions about a document, and show where the time went."""
     import tempfile
 
-    from kvmesh.integration.launch_state import spans_dir
-    from kvmesh.integration.traces import find_trace, load_spans, waterfall
+    from kvmesh.integration.launch_state import traces_path
     from kvmesh.services.common.config import MeshConfig, RouterConfig
+    from kvmesh.services.traces.store import SpanReader
+    from kvmesh.services.traces.tree import waterfall
 
     config = MeshConfig(router=RouterConfig(port=0))
     questions = make_questions(seed, tokens, token_counter(config.model))
     with tempfile.TemporaryDirectory(prefix="kvmesh-demo-") as folder:
         turns = await _in_mesh(config, Path(folder), questions, json)
         # Read when the members have ended, and so have written their last spans.
-        rows = waterfall(find_trace(load_spans(spans_dir(Path(folder))), turns[0].trace_id))
+        with SpanReader(traces_path(Path(folder))) as reader:
+            rows = waterfall(reader.spans(turns[0].trace_id))
     hit = turns[1].cached_tokens * 2 >= turns[1].prompt_tokens
     ok = hit and all(turn.right for turn in turns)
     if json:

@@ -8,11 +8,14 @@ import typer
 from kvmesh.cli.errors import CommandFailed
 from kvmesh.cli.options import ConfigFile, command
 
-Member = Annotated[str, typer.Argument(help="router, tokenizer, kvcache-N, worker-N or gateway.")]
+Member = Annotated[
+    str, typer.Argument(help="router, tokenizer, kvcache-N, worker-N, gateway or traces.")
+]
 MeshAddress = Annotated[str, typer.Option(help="host:port of the router's Mesh service.")]
 Launcher = Annotated[int | None, typer.Option(hidden=True)]
 StateDir = Annotated[
-    Path | None, typer.Option("--run-dir", help="For spans, and for the configuration if no file.")
+    Path | None,
+    typer.Option("--run-dir", help="For the trace store, and for the configuration if no file."),
 ]
 
 
@@ -45,6 +48,6 @@ def serve(
         mesh_config = state.config
     else:
         mesh_config = load_config(config)
-    if member != "router" and not mesh_address:
+    if member not in ("router", "traces") and not mesh_address:
         raise CommandFailed(f"{member} needs --mesh-address, the router's", 2)
     run_member(MemberJob(member, mesh_config, mesh_address, run_dir), tie)

@@ -1,9 +1,10 @@
 """`kvmesh trace`: the stored spans of a mesh's requests, as lists and waterfalls.
 
-Works without a running mesh: the spans are files of the run directory.
+Works without a running mesh: the store is a file of the run directory.
 """
 
 from dataclasses import asdict
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +12,7 @@ import typer
 from kvmesh.cli.errors import CommandFailed
 from kvmesh.cli.options import Json, RunDir, command
 from kvmesh.cli.render import console, print_json, print_table
+from kvmesh.cli.trace_ui import ui
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -18,10 +20,18 @@ if TYPE_CHECKING:
 
     from rich.text import Text
 
-    from kvmesh.integration.traces import Row, Span
+    from kvmesh.services.traces.store import SpanReader
+    from kvmesh.services.traces.tree import Row
 
 app = typer.Typer(no_args_is_help=True, help="Look at the traces of requests.")
 
+
+class ExportFormat(StrEnum):
+    CHROME = "chrome"
+    OTLP = "otlp"
+
+
+Format = Annotated[ExportFormat, typer.Option("--format", "-f", help="What to write it as.")]
 Limit = Annotated[int, typer.Option("--limit", "-n", min=1, help="The newest so many.")]
 Every = Annotated[bool, typer.Option("--all", help="Also probes and other work of the mesh.")]
 TraceId = Annotated[str, typer.Argument(metavar="[ID]", help="A trace id, its start, or 'last'.")]
@@ -36,6 +46,7 @@ COLOURS = {
     "kvmesh-worker": "green",
     "kvmesh-kvcache": "yellow",
 }
+CLOCK_MARKS = {"simulated": " simulated", "mixed": " partly simulated"}
 NAME_WIDTH = 28
 MIN_BAR = 12
 MAX_WIDTH = 130  # a line that is longer is hard to follow with the eye
@@ -48,10 +59,11 @@ def list_traces(
     """List the newest requests."""
     from datetime import datetime
 
-    from kvmesh.integration.traces import summarize
+    from kvmesh.services.traces.query import Filter
 
-    traces = summarize(_spans(run_dir))
-    found = [trace for trace in traces if every or trace.is_request][:limit]
+    with _reader(run_dir) as reader:
+        found = reader.newest(Filter(requests_only=not every), limit)
+        _warn_of_losses(reader)
     if json:
         print_json([asdict(summary) for summary in found])
         return
@@ -63,7 +75,7 @@ def list_traces(
                 trace.trace_id,
                 datetime.fromtimestamp(trace.start_ns / 1e9).strftime("%d.%m. %H:%M:%S"),
                 trace.name,
-                f"{trace.duration_ms:.1f} ms",
+                f"{trace.duration_ms:.1f} ms" + CLOCK_MARKS.get(trace.clock, ""),
                 trace.num_spans,
                 ", ".join(trace.members),
                 trace.errors or "",
@@ -81,37 +93,60 @@ def show(
     json: Json = False,
 ) -> None:
     """Show one trace as a waterfall."""
-    from kvmesh.integration.traces import find_trace, waterfall
+    from kvmesh.services.traces.tree import waterfall
 
-    try:
-        rows = waterfall(find_trace(_spans(run_dir), trace_id))
-    except LookupError as error:
-        raise CommandFailed(f"{error.args[0]}; 'kvmesh trace list' shows what there is") from None
+    with _reader(run_dir) as reader:
+        rows = waterfall(reader.spans(_find(reader, trace_id)))
     if json:
         print_json([asdict(row) for row in rows])
         return
     print_waterfall(rows, attributes)
 
 
-def _spans(run_dir: "Path | None") -> "list[Span]":
-    from kvmesh.integration.launch_state import resolve_run_dir, spans_dir
-    from kvmesh.integration.traces import load_spans
+@command
+def export(
+    trace_id: TraceId = "last", run_dir: RunDir = None, format: Format = ExportFormat.CHROME
+) -> None:
+    """Print one trace as JSON: for Perfetto and chrome://tracing, or as OTLP."""
+    from kvmesh.services.traces.export import chrome_json, otlp_json
 
-    folder = spans_dir(resolve_run_dir(run_dir))
-    spans = load_spans(folder)
-    if not spans:
+    with _reader(run_dir) as reader:
+        spans = reader.spans(_find(reader, trace_id))
+    print_json(chrome_json(spans) if format is ExportFormat.CHROME else otlp_json(spans))
+
+
+def _reader(run_dir: "Path | None") -> "SpanReader":
+    from kvmesh.integration.launch_state import resolve_run_dir, traces_path
+    from kvmesh.services.traces.store import SpanReader
+
+    path = traces_path(resolve_run_dir(run_dir))
+    try:
+        return SpanReader(path)
+    except FileNotFoundError:
         raise CommandFailed(
-            f"no spans in {folder}; send a request first, and look at the OTLP back end instead "
-            "if OTEL_EXPORTER_OTLP_ENDPOINT was set"
-        )
-    return spans
+            f"no spans: {path} does not exist; send a request to a mesh first, one with "
+            'traces = true and, if OTEL_EXPORTER_OTLP_ENDPOINT is set, otlp = "join"'
+        ) from None
+
+
+def _find(reader: "SpanReader", wanted: str) -> str:
+    try:
+        return reader.find(wanted)
+    except LookupError as error:
+        raise CommandFailed(f"{error.args[0]}; 'kvmesh trace list' shows what there is") from None
+
+
+def _warn_of_losses(reader: "SpanReader") -> None:
+    lost = sum(n for name, n in reader.counters().items() if name.startswith("dropped"))
+    if lost:
+        console(stderr=True).print(f"[yellow]{lost:,} spans were dropped[/yellow]")
 
 
 def print_waterfall(rows: "Sequence[Row]", attributes: bool = False) -> None:
     """One line per span: name by depth, member, start and length in ms, a bar, its events."""
     from rich.text import Text
 
-    from kvmesh.integration.traces import total_ms
+    from kvmesh.services.traces.tree import total_ms
 
     out = console()
     total = total_ms(rows)
@@ -127,7 +162,7 @@ def print_waterfall(rows: "Sequence[Row]", attributes: bool = False) -> None:
 def _line(row: "Row", total: float, width: int) -> "Text":
     from rich.text import Text
 
-    from kvmesh.integration.traces import bar
+    from kvmesh.services.traces.tree import bar
 
     span = row.span
     colour = COLOURS.get(span.service, "white")
@@ -139,7 +174,7 @@ def _line(row: "Row", total: float, width: int) -> "Text":
     line.append(" " * begin + "█" * length, style=colour)
     if span.events:
         line.append(f" {len(span.events)} event{'s'[: len(span.events) > 1]}", style="dim")
-    if span.attributes.get("kvmesh.clock") == "simulated":
+    if span.simulated:
         line.append(" simulated", style="yellow")
     if failed:
         line.append(f" {span.status_message}", style="red")
@@ -158,3 +193,5 @@ def _details(row: "Row") -> str:
 
 app.command("list")(list_traces)
 app.command("show")(show)
+app.command("export")(export)
+app.command("ui")(ui)

@@ -25,6 +25,7 @@ from kvmesh.integration.launch_plan import (
     CONFIG_EXIT,
     GATEWAY,
     ROUTER,
+    TRACES,
     MemberProcess,
     Phase,
     RestartPolicy,
@@ -48,7 +49,9 @@ from kvmesh.services.common.config import MeshConfig
 from kvmesh.services.common.errors import ConfigError
 from kvmesh.services.common.security import Security, check_binding, load_security
 from kvmesh.services.common.server import DRAIN_S, GRACE_S
+from kvmesh.services.common.telemetry import TRACES_VARIABLE
 
+TRACES_WAIT_S = 5.0  # for the trace receiver's address, before the others start without one
 STOP_S = DRAIN_S + GRACE_S + 4.0  # a member that takes longer after SIGTERM is killed
 CommandOf = Callable[[str, Path, str], list[str]]
 
@@ -103,13 +106,19 @@ class Mesh:
         return next(iter(self.members[ROUTER].addresses[1:]), "")
 
     @property
+    def traces_address(self) -> str:
+        """Where members send their spans; empty until the receiver listens, or without one."""
+        receiver = self.members.get(TRACES)
+        return next(iter(receiver.addresses), "") if receiver is not None else ""
+
+    @property
     def pids(self) -> dict[str, int]:
         """Of the members that run now."""
         return {m: process.pid for m, process in self.members.items() if process.pid is not None}
 
     @property
     def all_ready(self) -> bool:
-        return all(process.phase is Phase.READY for process in self.members.values())
+        return all(process.settled for process in self.members.values())
 
     def kill(self, member_id: str, number: int = signal.SIGKILL) -> None:
         """Sends a signal to a member that runs. Raises KeyError if it does not."""
@@ -135,7 +144,7 @@ class Mesh:
                 await self.wait_for(lambda: self.all_ready, timeout_s)
                 await wait_serving(self.public_address, self.security)
         except TimeoutError as error:
-            late = [m for m, p in self.members.items() if p.phase is not Phase.READY] or [ROUTER]
+            late = [m for m, p in self.members.items() if not p.settled] or [ROUTER]
             raise MeshFailed(
                 f"not ready within {timeout_s:.0f} s: {', '.join(late)}; "
                 f"see {log_path(self.run_dir, late[0])}"
@@ -204,7 +213,9 @@ class Mesh:
     async def _keep(self, member_id: str) -> None:
         """Runs one member, again and again, until the mesh stops or it has failed."""
         process = self.members[member_id]
-        if member_id != ROUTER:
+        if member_id != TRACES:
+            await self._wait_traces()
+        if member_id not in (ROUTER, TRACES):
             await self._until(lambda: bool(self.mesh_address))
         log = BoundedLog(log_path(self.run_dir, member_id))
         try:
@@ -218,10 +229,13 @@ class Mesh:
 
     async def _run_once(self, process: MemberProcess, log: BoundedLog) -> None:
         member_id = process.plan.member_id
-        address = "" if member_id == ROUTER else self.mesh_address
+        address = "" if member_id in (ROUTER, TRACES) else self.mesh_address
         command = self._options.command(member_id, self.run_dir, address)
-        ports = port_environment(process.addresses, process.metrics)
-        extra = {**self._options.environment, **ports}
+        extra = {
+            **self._options.environment,
+            **port_environment(process.addresses, process.metrics),
+            TRACES_VARIABLE: self.traces_address,
+        }
         child = await spawn(
             command, child_environment(extra), log, lambda *said: self._told(process, *said)
         )
@@ -256,9 +270,19 @@ class Mesh:
         while not holds() and not self._stopping.is_set():
             await self._changed.wait()
 
+    async def _wait_traces(self) -> None:
+        """Until the trace receiver listens, or will not: nothing fails for its sake."""
+        receiver = self.members.get(TRACES)
+        if receiver is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TRACES_WAIT_S):
+                    await self._until(lambda: bool(self.traces_address) or receiver.settled)
+
     def _check_failed(self) -> None:
         for member_id, process in self.members.items():
             log = log_path(self.run_dir, member_id)
+            if not process.plan.needed:
+                continue
             if process.phase is Phase.FAILED and process.exit_code is not None:
                 kind = ConfigError if process.exit_code == CONFIG_EXIT else MeshFailed
                 raise kind(

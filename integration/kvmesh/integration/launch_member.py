@@ -21,15 +21,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from kvmesh.integration.launch_plan import metrics_port
-from kvmesh.integration.launch_state import spans_dir
+from kvmesh.integration.launch_plan import TRACES, metrics_port
 from kvmesh.services.common.config import MeshConfig
 from kvmesh.services.common.errors import ConfigError
 from kvmesh.services.common.metrics import Meters
 from kvmesh.services.common.process import METRICS_PORT_VARIABLE, ProcessContext, listen_port
-from kvmesh.services.common.security import load_security
+from kvmesh.services.common.security import Security, load_security
 from kvmesh.services.common.server import Service, serve
-from kvmesh.services.common.telemetry import Telemetry
+from kvmesh.services.common.telemetry import Telemetry, senders
 
 ORPHAN_GRACE_S = 3.0  # to drain after the launcher has gone, where the kernel has not killed us
 PR_SET_PDEATHSIG = 1
@@ -41,11 +40,12 @@ _SERVICES = {
     "worker": ("kvmesh.services.worker.service", "WorkerService"),
     "gateway": ("kvmesh.services.gateway.service", "GatewayService"),
 }
+TRACES_NICE = 5  # requests come first
 
 
 @dataclass(frozen=True, slots=True)
 class MemberJob:
-    """What one process is to be. run_dir: for its spans; None keeps none.
+    """What one process is to be. run_dir: where the trace receiver has its store.
 
     mesh_address: the router's; empty for the router itself.
     """
@@ -106,8 +106,12 @@ def run_member(job: MemberJob, tie: LauncherTie) -> None:
     )
     files = job.config.security
     security = load_security(files.cert, files.key, files.ca, files.token_file)
-    spans = spans_dir(job.run_dir) if job.run_dir is not None else None
-    telemetry = Telemetry(job.kind, job.member_id, spans)
+    if job.kind == TRACES:
+        _run_traces(job, tie, security)
+        return
+    telemetry = Telemetry(
+        job.kind, job.member_id, senders(job.config.telemetry.otlp, security.token or "")
+    )
     meters = Meters(job.kind, job.member_id)
     try:
         context = ProcessContext(
@@ -116,18 +120,32 @@ def run_member(job: MemberJob, tie: LauncherTie) -> None:
         if job.config.telemetry.metrics:
             port = listen_port(metrics_port(job.config, job.member_id), METRICS_PORT_VARIABLE)
             tie.tell("metrics", (meters.serve(port),))
-        service = create_service(context, job.kind)
-        _run(
-            serve(
-                service,
-                security,
-                on_ready=lambda addresses: tie.tell("ready", addresses),
-                on_bound=lambda addresses: tie.tell("bound", addresses),
-            )
-        )
+        _serve(create_service(context, job.kind), security, tie)
     finally:
         meters.close()
         telemetry.close()
+
+
+def _run_traces(job: MemberJob, tie: LauncherTie, security: Security) -> None:
+    """On loopback without TLS, whatever the mesh has; its token is asked for all the same."""
+    from kvmesh.services.traces.service import TracesService
+
+    if job.run_dir is None:
+        raise ConfigError("the trace receiver needs --run-dir, where it keeps its store")
+    os.nice(TRACES_NICE)
+    service = TracesService(job.config.telemetry, job.run_dir)
+    _serve(service, Security(token=security.token), tie)
+
+
+def _serve(service: Service, security: Security, tie: LauncherTie) -> None:
+    _run(
+        serve(
+            service,
+            security,
+            on_ready=lambda addresses: tie.tell("ready", addresses),
+            on_bound=lambda addresses: tie.tell("bound", addresses),
+        )
+    )
 
 
 def create_service(context: ProcessContext, kind: str) -> Service:

@@ -18,6 +18,7 @@ ROUTER = "router"
 TOKENIZER = "tokenizer"
 PORT_VARIABLES = (PORT_VARIABLE, MESH_PORT_VARIABLE, METRICS_PORT_VARIABLE)
 GATEWAY = "gateway"
+TRACES = "traces"
 CONFIG_EXIT = 2  # a process that ends with this has a configuration that cannot work
 
 
@@ -33,19 +34,26 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MemberPlan:
-    """One process. kind: router, tokenizer, kvcache, worker, gateway. role: of workers only."""
+    """One process. kind: traces, router, tokenizer, kvcache, worker, gateway. role: of workers."""
 
     member_id: str
     kind: str
     role: str = ""
 
+    @property
+    def needed(self) -> bool:
+        """Whether the mesh cannot serve without it; it serves without its traces."""
+        return self.kind != TRACES
+
 
 def plan_members(config: MeshConfig) -> tuple[MemberPlan, ...]:
-    """All processes of the mesh, the router first, since all others join it."""
+    """All processes: the trace receiver, which hears the rest, then the router, which they join."""
     shards = (MemberPlan(f"kvcache-{i}", "kvcache") for i in range(config.kvcache.shards))
     roles = (table.role for table in config.workers for _ in range(table.count))
     workers = (MemberPlan(f"worker-{i}", "worker", role) for i, role in enumerate(roles))
+    traces = (MemberPlan(TRACES, TRACES),) if config.telemetry.traces else ()
     return (
+        *traces,
         MemberPlan(ROUTER, ROUTER),
         MemberPlan(TOKENIZER, TOKENIZER),
         *shards,
@@ -59,16 +67,18 @@ def metrics_port(config: MeshConfig, member_id: str) -> int:
     first = config.telemetry.metrics_port
     if not first:
         return 0
-    return first + [plan.member_id for plan in plan_members(config)].index(member_id)
+    shown = [plan.member_id for plan in plan_members(config) if plan.kind != TRACES]
+    return first + shown.index(member_id)
 
 
 def stop_order(members: tuple[MemberPlan, ...]) -> tuple[tuple[str, ...], ...]:
     """Member ids in the groups that stop one after another, each when the one before is gone.
 
     The gateway first, then the router: each takes no new requests and lets the running ones end,
-    for which it needs all that come after.
+    for which it needs all that come after. The trace receiver last: each process sends its last
+    spans when it ends.
     """
-    kinds = (GATEWAY, ROUTER, "worker", "kvcache", TOKENIZER)
+    kinds = (GATEWAY, ROUTER, "worker", "kvcache", TOKENIZER, TRACES)
     groups = (tuple(m.member_id for m in members if m.kind == kind) for kind in kinds)
     return tuple(group for group in groups if group)
 
@@ -113,6 +123,13 @@ class MemberProcess:
     retry_at: float | None = None
     exit_code: int | None = None
     was_ready: bool = False
+
+    @property
+    def settled(self) -> bool:
+        """Ready, or not needed and past its first start."""
+        if self.plan.needed:
+            return self.phase is Phase.READY
+        return self.phase not in (Phase.WAITING, Phase.STARTING)
 
     def started(self, pid: int) -> None:
         if self.exit_code is not None:

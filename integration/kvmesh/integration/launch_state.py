@@ -2,7 +2,7 @@
 
 <run dir>/mesh.json   what runs, with its resolved configuration
 <run dir>/logs/       one log per member
-<run dir>/spans/      finished spans, one file per member
+<run dir>/traces.sqlite   finished spans; see services/traces/store.py
 """
 
 import fcntl
@@ -80,8 +80,8 @@ def log_path(run_dir: Path, member_id: str) -> Path:
     return run_dir / "logs" / f"{member_id}.log"
 
 
-def spans_dir(run_dir: Path) -> Path:
-    return run_dir / "spans"
+def traces_path(run_dir: Path) -> Path:
+    return run_dir / "traces.sqlite"
 
 
 def last_line(path: Path) -> str:

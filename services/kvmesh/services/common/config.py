@@ -101,6 +101,11 @@ class TelemetryConfig(Section):
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     metrics: bool = True  # a Prometheus endpoint on loopback for each process
     metrics_port: Port = 0  # of the router; the other members, in order, have the next ones
+    traces: bool = True  # the embedded receiver and its store
+    traces_port: Port = 0
+    traces_max_bytes: Annotated[int, Field(ge=1 << 20)] = 256 << 20
+    traces_max_age_s: Annotated[float, Field(gt=0)] = 7 * 86_400.0
+    otlp: Literal["join", "replace"] = "join"  # what OTEL_EXPORTER_OTLP_ENDPOINT does to the store
 
 
 class MeshConfig(Section):

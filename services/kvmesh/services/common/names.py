@@ -22,6 +22,7 @@ SPAN_HANDOVER = "hand-over"
 SPAN_DECODE = "decode"
 SPAN_DETOKENIZE = "detokenize"
 SPAN_MIGRATE = "migrate"
+SPAN_DROPPED = "spans dropped"  # tells the receiver what its sender lost; never stored
 
 # gen_ai attributes
 OPERATION = "gen_ai.operation.name"
@@ -64,3 +65,10 @@ CANDIDATES = "kvmesh.route.candidates"  # JSON
 REASON = "kvmesh.route.reason"
 PREDICTED = "kvmesh.route.predicted_s"
 MIGRATIONS = "kvmesh.migrations"
+TENANT = "kvmesh.tenant"
+RAW_BYTES = "kvmesh.kv.raw_bytes"  # the same blocks as fp16, for comparison with `BYTES`
+LONGEST_STEP = "kvmesh.decode.longest_s"  # longest wait for one token since the mark before
+DROPPED = "kvmesh.spans.dropped"
+COST_USD = "kvmesh.cost.usd"
+COST_DEVICE = "kvmesh.cost.device_s"
+COST_SPLIT = tuple(f"kvmesh.cost.{part}_usd" for part in ("queue", "prefill", "decode", "kv"))

@@ -1,29 +1,28 @@
-"""Traces: W3C context through every hop, finished spans to OTLP or to a bounded local store.
+"""Traces: W3C context through every hop, finished spans over OTLP to a receiver.
 
-The standard OTEL_EXPORTER_OTLP_ENDPOINT (or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT) turns on OTLP over
-gRPC. Without it spans are appended to `<run dir>/spans/<member>.jsonl`, which `kvmesh trace` reads.
+`kvmesh up` starts a receiver of its own and names it to every process in KVMESH_TRACES; the
+standard OTEL_EXPORTER_OTLP_ENDPOINT (or OTEL_EXPORTER_OTLP_TRACES_ENDPOINT) joins or replaces it.
 OTEL_SDK_DISABLED=true turns tracing off.
 """
 
-import json
 import os
-import threading
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SpanExporter
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from kvmesh.services.common import names
+from kvmesh.services.common.span_sender import SpanSender
 
 OTLP_VARIABLES = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-MAX_FILE_BYTES = 8 << 20  # per member; two files are kept, so at most twice this
+TRACES_VARIABLE = "KVMESH_TRACES"  # host:port of the mesh's own receiver
+EXPORT_S = 2.0  # for one batch, tries included: the own receiver is near, or gone
 
 _PROPAGATOR = TraceContextTextMapPropagator()
 
@@ -51,66 +50,12 @@ def trace_id_of(span: trace.Span) -> str:
     return format(span.get_span_context().trace_id, "032x")
 
 
-class LocalSpanStore(SpanExporter):
-    """Appends finished spans to a JSON-lines file that is rotated once, so its size is bounded.
-
-    A span that cannot be written is dropped and counted; a request never fails for its trace.
-    """
-
-    def __init__(self, path: Path, max_bytes: int = MAX_FILE_BYTES) -> None:
-        self._path = path
-        self._max_bytes = max_bytes
-        self._lock = threading.Lock()
-        self.dropped = 0
-
-    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        text = "".join(
-            json.dumps(span_record(span), separators=(",", ":")) + "\n" for span in spans
-        )
-        with self._lock:
-            try:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                if self._path.exists() and self._path.stat().st_size + len(text) > self._max_bytes:
-                    self._path.replace(self._path.with_suffix(".old.jsonl"))
-                with self._path.open("a") as file:
-                    file.write(text)
-            except OSError:
-                self.dropped += len(spans)
-                return SpanExportResult.FAILURE
-        return SpanExportResult.SUCCESS
-
-
-def span_record(span: ReadableSpan) -> dict[str, Any]:
-    """One span as the local store keeps it; times are Unix nanoseconds."""
-    own = span.get_span_context()
-    attributes: Mapping[str, Any] = {**span.resource.attributes, **(span.attributes or {})}
-    return {
-        "trace_id": format(own.trace_id, "032x") if own else "",
-        "span_id": format(own.span_id, "016x") if own else "",
-        "parent_id": format(span.parent.span_id, "016x") if span.parent else None,
-        "name": span.name,
-        "service": attributes.get("service.name", ""),
-        "member": attributes.get("service.instance.id", ""),
-        "start_ns": span.start_time,
-        "end_ns": span.end_time,
-        "status": span.status.status_code.name,
-        "status_message": span.status.description or "",
-        "attributes": _plain(span.attributes or {}),
-        "events": [
-            {"name": e.name, "time_ns": e.timestamp, "attributes": _plain(e.attributes or {})}
-            for e in span.events
-        ],
-    }
-
-
-def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in attributes.items()}
-
-
 class Telemetry:
     """One process's tracer. Close it to flush what is still in memory."""
 
-    def __init__(self, service: str, member: str, spans_dir: Path | None) -> None:
+    def __init__(
+        self, service: str, member: str, senders: Sequence[SpanSender] | None = None
+    ) -> None:
         resource = Resource.create(
             {
                 "service.name": f"kvmesh-{service}",
@@ -119,11 +64,9 @@ class Telemetry:
             }
         )
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        exporter = _exporter(member, spans_dir)
-        if exporter is not None:
-            self._provider.add_span_processor(
-                BatchSpanProcessor(exporter, schedule_delay_millis=500, max_queue_size=8192)
-            )
+        self._senders = tuple(senders or ())
+        for sender in self._senders:
+            self._provider.add_span_processor(sender)
         self.tracer: trace.Tracer = self._provider.get_tracer("kvmesh")
         self._labels = {names.SERVICE: service, names.MEMBER: member}
 
@@ -147,14 +90,44 @@ class Telemetry:
             kind=kind,
         )
 
+    @property
+    def dropped(self) -> int:
+        """Finished spans that went nowhere, over all receivers."""
+        return sum(sender.dropped for sender in self._senders)
+
     def close(self) -> None:
         """Flushes and stops. Twice is safe."""
         self._provider.shutdown()
 
 
-def _exporter(member: str, spans_dir: Path | None) -> SpanExporter | None:
-    if any(os.environ.get(name) for name in OTLP_VARIABLES):
-        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+def senders(otlp: str, token: str = "") -> list[SpanSender]:
+    """Where the environment says that this process's spans go; none if it says nothing.
 
-        return OTLPSpanExporter()
-    return LocalSpanStore(spans_dir / f"{member}.jsonl") if spans_dir is not None else None
+    otlp: "join" or "replace", what the standard variables do to the mesh's own receiver.
+    token: the mesh's, which its receiver asks for.
+    """
+    standard = any(os.environ.get(name) for name in OTLP_VARIABLES)
+    own = os.environ.get(TRACES_VARIABLE, "")
+    found: list[SpanSender] = []
+    if own and not (standard and otlp == "replace"):
+        found.append(SpanSender(_own(own, token), tell_losses=True))
+    if standard:
+        found.append(SpanSender(_standard()))
+    return found
+
+
+def _standard() -> SpanExporter:
+    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
+    return OTLPSpanExporter()
+
+
+def _own(address: str, token: str) -> SpanExporter:
+    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
+    return OTLPSpanExporter(
+        endpoint=address,
+        insecure=True,
+        headers={"authorization": f"Bearer {token}"} if token else None,
+        timeout=EXPORT_S,
+    )

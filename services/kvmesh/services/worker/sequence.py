@@ -103,7 +103,8 @@ class Fetched:
 class Timeline:
     """When things happened, on the scheduler's clock; None: not yet.
 
-    marks: (time, output tokens so far), at most 32, evenly thinned out.
+    marks: (time, output tokens so far, longest wait for one token since the mark before in
+        seconds), at most 32, evenly thinned out: a stall shows, however long the output.
     """
 
     received: float
@@ -111,15 +112,22 @@ class Timeline:
     first_step: float | None = None
     first_token: float | None = None
     ended: float | None = None
-    marks: list[tuple[float, int]] = field(default_factory=list)
+    marks: list[tuple[float, int, float]] = field(default_factory=list)
     mark_every: int = 1
+    last_token: float | None = None
+    longest_s: float = 0.0
 
     def mark(self, now: float, count: int) -> None:
+        if self.last_token is not None:
+            self.longest_s = max(self.longest_s, now - self.last_token)
+        self.last_token = now
         if count % self.mark_every:
             return
-        self.marks.append((now, count))
+        self.marks.append((now, count, self.longest_s))
+        self.longest_s = 0.0
         if len(self.marks) == MAX_MARKS:
-            del self.marks[::2]
+            pairs = zip(self.marks[::2], self.marks[1::2], strict=True)
+            self.marks = [(at, n, max(longest, gone[2])) for gone, (at, n, longest) in pairs]
             self.mark_every *= 2
 
 

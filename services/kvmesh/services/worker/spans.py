@@ -39,8 +39,9 @@ class RequestSpans:
             decode.set_attribute(names.STEPS, sequence.steps)
             decode.set_attribute(names.TOKENS, sequence.generated)
             decode.set_attribute(names.SEAL_SECONDS, sequence.decode_seal_s)
-            for at, count in times.marks:
-                decode.add_event("token", {names.TOKENS: count}, timestamp=self._ns(at))
+            for at, count, longest in times.marks:
+                what = {names.TOKENS: count, names.LONGEST_STEP: round(longest, 6)}
+                decode.add_event("token", what, timestamp=self._ns(at))
             decode.end(self._ns(ended))
         finish = sequence.finish.name.lower() if sequence.finish is not None else ""
         span.set_attribute(names.OUTPUT_TOKENS, sequence.generated)

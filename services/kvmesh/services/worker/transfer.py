@@ -28,6 +28,7 @@ from kvmesh.v1 import worker_pb2
 logger = logging.getLogger(__name__)
 
 MAX_FETCHES = 8  # at once; what they bring is in memory until it is imported
+FP16_BYTES = 2
 MAX_PUT_BYTES = 256 << 20  # waiting to be stored; beyond, blocks stay on this worker alone
 
 
@@ -50,6 +51,8 @@ class Transfer:
         self._links = links
         self._deadlines = deadlines
         self._layout = layout
+        heads = layout.num_layers * layout.num_kv_heads
+        self._raw_block_bytes = 2 * heads * layout.head_dim * BLOCK_SIZE * FP16_BYTES  # K and V
         self._telemetry = telemetry
         self._cache = KvCacheClient(links, deadlines, replicas)
         self._fetches = asyncio.Semaphore(MAX_FETCHES)
@@ -100,6 +103,7 @@ class Transfer:
             result = await self._cache.fetch(wish.keys, wish.work.shards)
             span.set_attribute(names.BLOCKS, result.num_prefix)
             span.set_attribute(names.BYTES, result.num_bytes)
+            span.set_attribute(names.RAW_BYTES, result.num_prefix * self._raw_block_bytes)
             span.set_attribute(names.HIT_TOKENS, result.num_prefix * BLOCK_SIZE)
             span.set_attribute(names.CORRUPT, result.corrupt)
         self.moved.fetched += result.num_bytes
@@ -146,6 +150,7 @@ class Transfer:
             with self._span(names.SPAN_KV_PUT, exported.work) as span:
                 span.set_attribute(names.BLOCKS, len(exported.blocks))
                 span.set_attribute(names.BYTES, size)
+                span.set_attribute(names.RAW_BYTES, len(exported.blocks) * self._raw_block_bytes)
                 result = await self._cache.put(exported.blocks, exported.work.shards)
                 self.moved.put += result.num_bytes
                 if result.failed_shards:
