@@ -11,14 +11,15 @@ from typing import Any
 
 import openai
 import pytest
-from kvmesh.integration.traces import load_spans
 from meshes import inference, mesh_config, prompts, ready
 from openai.types.chat import ChatCompletionMessageParam
 
 from kvmesh.integration.launch import Mesh, running_mesh
-from kvmesh.integration.launch_state import log_path, spans_dir
+from kvmesh.integration.launch_state import log_path, traces_path
 from kvmesh.integration.loadgen import run_request
 from kvmesh.services.common.config import GatewayConfig, RouterConfig, WorkerConfig
+from kvmesh.services.traces.query import Filter
+from kvmesh.services.traces.store import SpanReader
 from kvmesh.v1 import common_pb2, inference_pb2
 
 pytestmark = pytest.mark.timeout(240)
@@ -93,7 +94,9 @@ async def test_the_openai_package_unchanged(tmp_path: Path) -> None:
         await no_less_than_grpc(mesh, client)
     log = log_path(tmp_path, "gateway").read_text()
     assert "Mirado" not in log and "Traceback" not in log
-    spans = load_spans(spans_dir(tmp_path))
+    with SpanReader(traces_path(tmp_path)) as reader:
+        listed = reader.newest(Filter(), 100)
+        spans = [span for trace in listed for span in reader.spans(trace.trace_id)]
     roots = [s for s in spans if s.name == "POST /v1/chat/completions"]
     assert roots and "Mirado" not in json.dumps([s.attributes for s in roots])
     below = {s.name for s in spans if s.trace_id == roots[0].trace_id}
