@@ -98,7 +98,8 @@ def test_launch_mesh_status_shows_all_members(mesh: Path):
     assert members["worker-0"]["blocks_total"] == 256
     state = running_state(mesh)
     assert state is not None
-    for member in state.members:
+    assert [m.member_id for m in state.members if m.member_id not in members] == ["traces"]
+    for member in state.members[1:]:
         assert members[member.member_id]["address"] == member.addresses[0]
 
 

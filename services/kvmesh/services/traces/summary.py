@@ -43,7 +43,8 @@ class TraceSummary:
 class Part:
     """What one batch of spans adds to its trace. root: rank and facts of the likeliest root so far.
 
-    rank: (has a parent, start), the least of a trace is its root.
+    rank: (place, start), the least of a trace is its root. A request's span on the router comes
+    first, since it has the facts: an HTTP edge or a client may have begun the trace.
     """
 
     start_ns: int
@@ -52,7 +53,7 @@ class Part:
     num_simulated: int = 0
     errors: int = 0
     num_bytes: int = 0
-    rank: tuple[bool, int] = (True, 1 << 62)
+    rank: tuple[int, int] = (2, 1 << 62)
     root: dict[str, Any] = field(default_factory=dict)
     members: set[str] = field(default_factory=set)
     services: set[str] = field(default_factory=set)
@@ -66,9 +67,15 @@ class Part:
         self.num_bytes += size
         self.members.add(record["member"])
         self.services.add(record["service"])
-        rank = (record["parent_id"] is not None, record["start_ns"])
+        rank = (_place(record), record["start_ns"])
         if rank < self.rank:
             self.rank, self.root = rank, root_facts(record)
+
+
+def _place(record: dict[str, Any]) -> int:
+    if record["service"] == ROUTER_SERVICE and names.OPERATION in record["attributes"]:
+        return 0
+    return 1 if record["parent_id"] is None else 2
 
 
 def clock_of(record: dict[str, Any]) -> str:
