@@ -246,7 +246,7 @@ def test_launch_mesh_members_die_with_a_killed_launcher(tmp_path: Path):
         state = running_state(run_dir)
         assert state is not None
         ends = [os.pidfd_open(member.pid) for member in state.members if member.pid]
-        assert len(ends) == 5
+        assert len(ends) == 6
         process.kill()
     asyncio.run(all_ended(ends))
     assert kvmesh(run_dir, "status").exit_code == 3
