@@ -13,7 +13,7 @@ from kvmesh.cli.main import app
 from kvmesh.client import AsyncClient, Client, InvalidRequest, chat, tokens
 from kvmesh.integration.launch import Mesh, running_mesh
 from kvmesh.integration.scrape import Samples, scrape
-from kvmesh.services.common.config import TelemetryConfig, WorkerConfig
+from kvmesh.services.common.config import ModelConfig, TelemetryConfig, WorkerConfig
 
 TRACE_LINES = 6
 
@@ -128,7 +128,7 @@ async def check_top(mesh: Mesh) -> None:
 
 
 async def test_mesh_clients(tmp_path: Path):
-    config = mesh_config([WorkerConfig(role="both")])
+    config = mesh_config([WorkerConfig(role="both")], model=ModelConfig(codec="k4v4"))
     async with running_mesh(config, tmp_path / "run") as mesh:
         await ready(mesh)
         await check_clients(mesh)

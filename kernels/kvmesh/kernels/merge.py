@@ -44,5 +44,5 @@ def merge(parts: Sequence[Partial]) -> Partial:
         output += weight[..., None] * part.output
         total += weight
     total[~seen] = 1
-    log_sum: Floats = np.log(total)
-    return Partial(output / total[..., None], top, log_sum)
+    np.divide(output, total[..., None], out=output)
+    return Partial(output, top, np.asarray(np.log(total), np.float32))
