@@ -1,6 +1,6 @@
-"""A mesh in virtual time: the live router's and scheduler's own decisions, no numerics, all simulated.
+"""A mesh in virtual time: the live router's and schedulers' decisions, no numerics, all simulated.
 
-    result = simulate(Scenario(model, device, pools=(WorkerPool(8, Parallel(tensor=4)),)), load)
+result = simulate(Scenario(model, device, pools=(WorkerPool(8, Parallel(tensor=4)),)), load)
 """
 
 from kvmesh.integration.simulate.arrivals import ClosedLoop, Load, load_of

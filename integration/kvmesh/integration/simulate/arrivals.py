@@ -12,7 +12,8 @@ from kvmesh.integration.workload import Workload
 from kvmesh.kernels.layout import BLOCK_SIZE
 from kvmesh.services.kvcache.keys import KEY_BYTES
 
-_MASK = (1 << 8 * KEY_BYTES) - 1
+_PLACE_BYTES = 4
+_CHAIN_BYTES = KEY_BYTES - _PLACE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ class _Keys:
         """The chain after this id, and the keys of the blocks that end within its tokens."""
         start, stop = place * self._block_tokens, (place + 1) * self._block_tokens
         text = f"{chain}/{hash_id}".encode()
-        link = int.from_bytes(hashlib.blake2b(text, digest_size=KEY_BYTES).digest(), "little")
+        digest = hashlib.blake2b(text, digest_size=_CHAIN_BYTES).digest()
         ends = range(start // BLOCK_SIZE + 1, stop // BLOCK_SIZE + 1)
-        keys = tuple(((link + end) & _MASK).to_bytes(KEY_BYTES, "little") for end in ends)
-        return link, keys
+        keys = tuple(digest + end.to_bytes(_PLACE_BYTES, "little") for end in ends)
+        return int.from_bytes(digest, "little"), keys

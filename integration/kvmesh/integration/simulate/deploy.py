@@ -41,6 +41,7 @@ class Deployed:
         """That one attention rank holds."""
         return self.limits.num_blocks * BLOCK_SIZE * self.lanes
 
+
 def deploy(scenario: Scenario) -> tuple[Deployed, ...]:
     """One for each pool.
 
@@ -118,9 +119,7 @@ def _shards(scenario: Scenario, parallel: Parallel) -> int:
 def handover_link(scenario: Scenario) -> tuple[float, float]:
     """(bytes/s of a device, seconds of latency) that K and V are handed over with."""
     device = scenario.device
-    link = scenario.link or (
-        "scale-up" if scenario.devices <= device.domain else "scale-out"
-    )
+    link = scenario.link or ("scale-up" if scenario.devices <= device.domain else "scale-out")
     chosen = device.scale_up if link == "scale-up" else device.scale_out
     latency = chosen.latency_s.value if chosen.latency_s else 0.0
     return scenario.transfer_bytes_s or chosen.bandwidth_bytes_s.value, latency

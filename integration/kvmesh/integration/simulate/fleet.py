@@ -59,8 +59,9 @@ class SimFleet:
     def check(self, failure: Failure) -> None:
         """Raises ScenarioError for a worker that is not there."""
         if failure.worker not in self._pool_of:
-            known = ", ".join(names[0] + (f"..{len(names) - 1}" if len(names) > 1 else "")
-                              for names in self.names)
+            known = ", ".join(
+                names[0] + (f"..{len(names) - 1}" if len(names) > 1 else "") for names in self.names
+            )
             raise ScenarioError(f"fail: no worker is named {failure.worker!r}; there are {known}")
 
     def join(self, name: str, incarnation: int) -> None:
@@ -139,7 +140,7 @@ class SimFleet:
 
 
 def _cost_model(scenario: Scenario, deployed: tuple[Deployed, ...]) -> CostModel:
-    bandwidth, latency = handover_link(scenario)
+    _, latency = handover_link(scenario)
     prefilling = next((d for d in deployed if d.pool.role == "prefill"), deployed[0])
     return CostModel(
         step_tokens=prefilling.limits.step_tokens * prefilling.ranks,

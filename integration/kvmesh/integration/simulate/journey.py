@@ -62,7 +62,7 @@ class Journey:
         start = (self.tokens - 1) // BLOCK_SIZE * BLOCK_SIZE
         rest = self.tokens - 1 - start
         tail = Tail(start, rest, b"") if rest else None
-        return Fetched({index: b"" for index in missing}, tail)
+        return Fetched(dict.fromkeys(missing, b""), tail)
 
     def start(self, chosen: Candidate) -> None:
         self.decode_worker = chosen.decode_worker

@@ -141,9 +141,7 @@ class Lane:
             last = timer.time([self._work(plan, each, steps - 1) for plan, each in pairs])
             rise = (last.latency_s - first.latency_s) / (steps - 1)
         prefill = sum(work.prefill_tokens for work in works)
-        return Run(
-            now, steps, first.latency_s, rise, first.occupied_s, plans, counts, prefill
-        )
+        return Run(now, steps, first.latency_s, rise, first.occupied_s, plans, counts, prefill)
 
     def _work(self, plan: list[Planned], counts: Counts | None, after: int) -> StepWork:
         """One rank's step, `after` steps on."""

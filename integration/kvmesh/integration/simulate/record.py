@@ -71,10 +71,10 @@ class Gaps:
 
     def weighted(self) -> tuple[Floats, Floats]:
         """(seconds, weight), ascending in seconds."""
-        values = [np.asarray(self.single, np.float64)]
-        weights = [np.ones(len(self.single))]
+        values: list[Floats] = [np.asarray(self.single, np.float64)]
+        weights: list[Floats] = [np.ones(len(self.single))]
         for first, rise, steps, sequences in self.runs:
-            values.append(first + rise * np.arange(steps))
+            values.append(first + rise * np.arange(steps, dtype=np.float64))
             weights.append(np.full(steps, float(sequences)))
         seconds, counts = np.concatenate(values), np.concatenate(weights)
         order = np.argsort(seconds, kind="stable")

@@ -49,9 +49,7 @@ class Optimisations:
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
-            raise ScenarioError(
-                f"policy is {self.policy!r}, must be one of {', '.join(POLICIES)}"
-            )
+            raise ScenarioError(f"policy is {self.policy!r}, must be one of {', '.join(POLICIES)}")
         for position, chance in enumerate(self.acceptance, 1):
             if not 0 <= chance <= 1:
                 raise ScenarioError(
@@ -180,4 +178,3 @@ class Scenario:
 
     def device_of(self, pool: WorkerPool) -> Device:
         return pool.device or self.device
-

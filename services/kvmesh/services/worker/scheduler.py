@@ -16,6 +16,7 @@ from kvmesh.services.worker.limits import Counters, Limits, Planned
 from kvmesh.services.worker.sampler import Logprob, Sampled
 from kvmesh.services.worker.sequence import Fetched, Finish, Sequence, State, Update, Work
 
+
 class Scheduler:
     """All sequences of a worker. Not thread-safe; `now` is seconds on one monotonic clock."""
 
@@ -141,9 +142,7 @@ class Scheduler:
             sequence.steps += 1
             if step.count > 1 or not sequence.generated:
                 self.counters.tokens_prefilled += step.count
-            for index in range(step.start // BLOCK_SIZE, sequence.computed // BLOCK_SIZE):
-                self.cache.seal(sequence.blocks[index], sequence.key(index))
-                sequence.note_seal(block_seal_s)
+            self._seal(sequence, step.start // BLOCK_SIZE, block_seal_s)
             if step.want_logits:
                 self._take(sequence, next(results), now)
 
@@ -184,9 +183,7 @@ class Scheduler:
             if lacking > 0:
                 sequence.hold(self.cache.allocate(lacking))
             finish = self._say(sequence, said, (), now)
-            for index in range(before, sequence.computed // BLOCK_SIZE):
-                self.cache.seal(sequence.blocks[index], sequence.key(index))
-                sequence.note_seal(0.0)
+            self._seal(sequence, before, 0.0)
             if finish is not None:
                 self._finished(sequence, finish, now)
 
@@ -349,6 +346,13 @@ class Scheduler:
         sequence.timeline.mark(now, sequence.generated)
         self._updates.append(Update(sequence, tuple(tokens), logprobs, first, finish))
         return finish
+
+    def _seal(self, sequence: Sequence, first: int, block_s: float) -> None:
+        """Makes its blocks from `first` on known that are computed in full."""
+        stop = sequence.computed // BLOCK_SIZE
+        if stop > first:
+            self.cache.seal_all(sequence.blocks[first:stop], sequence.keys(first, stop))
+            sequence.note_seals(stop - first, block_s * (stop - first))
 
     def _finished(self, sequence: Sequence, finish: Finish, now: float) -> None:
         self._running.remove(sequence)

@@ -213,6 +213,12 @@ class Sequence:
             raise ValueError(f"{self.work.request_id} holds no slot")
         return self.slot
 
+    def keys(self, start: int, stop: int) -> Listed[bytes]:
+        """The keys of blocks [start, stop), whose tokens are all known."""
+        if stop > len(self._keys):
+            self.key(stop - 1)
+        return self._keys[start:stop]
+
     def key(self, index: int) -> bytes:
         """The key of block `index`, whose tokens are all known."""
         while len(self._keys) <= index:
@@ -236,9 +242,9 @@ class Sequence:
         """The pool ids as an array; entries after len(blocks) mean nothing."""
         return self._table
 
-    def note_seal(self, seconds: float) -> None:
-        """A block was filled; `seconds` is its part of the step's sealing."""
-        self.sealed_here += 1
+    def note_seals(self, count: int, seconds: float) -> None:
+        """So many blocks were filled; `seconds` is their part of the step's sealing."""
+        self.sealed_here += count
         if self.generated:
             self.decode_seal_s += seconds
         else:
