@@ -6,12 +6,13 @@ import typer
 
 from kvmesh.cli.errors import FAILED
 from kvmesh.cli.options import Json, command
+from kvmesh.cli.plan_compare import budget, plan
 from kvmesh.cli.render import console, print_json, print_table
 
 if TYPE_CHECKING:
     from kvmesh.integration.validate import CalibrationRow
 
-app = typer.Typer(no_args_is_help=True, help="Plan devices, time and cost; all of it simulated.")
+app = typer.Typer(help="Plan devices, time and cost; all of it simulated.")
 
 
 @command
@@ -74,4 +75,6 @@ def _cells(row: "CalibrationRow") -> tuple[str, ...]:
     )
 
 
+app.callback(invoke_without_command=True)(plan)
+app.command()(budget)
 app.command()(validate)

@@ -62,7 +62,7 @@ class Lengths(BaseModel):
             return np.full(shares.shape, self.tokens, np.float64)
         if self.kind == "quantiles":
             known, values = zip(*self.points, strict=True)
-            return np.interp(shares, known, values)
+            return np.asarray(np.interp(shares, known, values), np.float64)
         assert self.median is not None and self.sigma is not None
         normal = NormalDist(math.log(self.median), self.sigma)
         drawn = np.exp([normal.inv_cdf(share) for share in shares.tolist()])

@@ -139,6 +139,23 @@ class SteadyState:
         drain = float(np.trapezoid(seconds, steps)) / self.limits.accepted
         return full, float(total / (before + drain))
 
+    def first_token_s(self, steady: Steady) -> float:
+        """Mean seconds to the first token where decoding workers compute prompts: half a step until
+        the next one begins, and the steps of the prompt's chunks. Queues are left out."""
+        batch = steady.sequences / self.cost.parallel.pipeline
+        chunks = self._chunks(batch)
+        chunk = self._latency_s(self._work(batch, 1 / chunks, self.traffic.context))
+        return steady.step_s / 2 + chunks * chunk
+
+    def prompts(self) -> tuple[float, float]:
+        """(prompts per second, seconds of one) of an instance that does nothing else; as many share
+        a step as its tokens hold."""
+        fresh = max(1.0, self.traffic.inputs.mean * (1 - self.traffic.cached))
+        count = max(1.0, self.limits.step_tokens // fresh)
+        chunks = self._chunks(0.0)
+        step = self.cost.step(self._work(0.0, count / chunks, 0.0))
+        return self.cost.parallel.data * count / (chunks * step.total_s), chunks * step.latency_s
+
     def _step_s(self, sequences: float, starts: float, context: float) -> float:
         """Mean seconds between two steps of a sequence. Its pipeline stages each hold a share of
         the sequences; starts: prompts per step of a rank that begin, over all stages."""
