@@ -16,6 +16,7 @@ from kvmesh.services.common.errors import (
     Overloaded,
     Unavailable,
 )
+from kvmesh.services.router.bill import Bill
 from kvmesh.services.router.core import Decision
 from kvmesh.services.router.cost import Candidate
 from kvmesh.services.router.leg import Leg, LegEnd, error_of
@@ -54,6 +55,7 @@ class Generation:
         self._decode_worker = ""
         self._finish = common_pb2.FINISH_REASON_UNSPECIFIED
         self._usage = inference_pb2.Usage()
+        self._bill = Bill()
         self._reported = 0  # output tokens that the caller has been told of
         self._responses = 0
         self._excluded: frozenset[str] = frozenset()
@@ -85,6 +87,7 @@ class Generation:
         finally:
             timer.cancel()
             parts.admission.leave(ticket, parts.clock(), finished)
+            self._bill.fill(self._usage)
             parts.metrics.ended(self._end("" if finished else failure))
             self._release()
             self._spans.end(self._usage, self._finish)
@@ -95,6 +98,8 @@ class Generation:
         """New tokens of the present leg, or its end."""
         if leg is not self._leg or self._speech is None:
             return
+        if update.HasField("device"):
+            self._bill.note(update.device)
         if update.token_ids:
             if not leg.answered:
                 self._first_of(leg, update)
@@ -172,6 +177,7 @@ class Generation:
             self._finish = common_pb2.FINISH_REASON_STOP if event.stopped else self._finish
             response.finish_reason = self._finish
             self._usage.completion_tokens = upto
+            self._bill.fill(self._usage)
             response.usage.CopyFrom(self._usage)
         self._spans.texts += 1
         if event.final or not self._responses:
@@ -285,6 +291,7 @@ class Generation:
         if not prefill_only:
             self._usage.decode_worker = worker
         link = self._parts.fleet.workers[worker]
+        self._bill.arrive(link.member)
         self._leg = Leg(self, link, self._parts.core.workers, prefill_only)
         self._leg.begin(submit, uncached)
 
@@ -294,14 +301,13 @@ class Generation:
         self._spans.first_token()
         if not self._output:
             self._usage.ttft_s = self._parts.clock() - self._arrived
+            self._usage.simulated_ttft_s = self._bill.simulated_s
             self._usage.cached_tokens = update.cached_tokens
 
     def _end(self, error: str) -> RequestEnd:
-        worker = self._parts.core.workers.get(self._usage.decode_worker)
         return RequestEnd(
             operation="chat" if self._request.HasField("chat") else "text_completion",
             model=self._model,
-            simulated=worker is not None and worker.member.simulated,
             usage=self._usage,
             duration_s=self._parts.clock() - self._arrived,
             error=error,
