@@ -75,6 +75,7 @@ class WorkerConfig(Section):
     role: Role = "both"
     count: Annotated[int, Field(ge=1)] = 1
     backend: str = "cpu"
+    price_usd_per_hour: Annotated[float, Field(ge=0)] | None = None  # of one device; none: its own
     port: Port = 0
     blocks: Annotated[int, Field(ge=1)] | None = None  # none: half of the free memory, bounded
     slots: Annotated[int, Field(ge=1)] = 64  # sequences that run at once

@@ -112,6 +112,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             lease_left_s=max(0.0, lease.expires - now),
             device=member.device,
             simulated=member.simulated,
+            devices=member.devices,
+            price_usd_h=member.price_usd_h,
+            price_source=member.price_source,
             indexed_blocks=self._parts.core.index.blocks_of(member.member_id),
             state="draining" if lease.draining else "serving",
         )
