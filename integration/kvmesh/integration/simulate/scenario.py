@@ -8,6 +8,7 @@ from kvmesh.backends.architectures import ModelShape
 from kvmesh.backends.base import Estimate
 from kvmesh.backends.cost.parallel import Formats, Parallel
 from kvmesh.backends.devices.device import Device
+from kvmesh.services.common.errors import ConfigError
 
 Role = Literal["both", "prefill", "decode"]
 ROLES: tuple[Role, ...] = ("both", "prefill", "decode")
@@ -16,7 +17,7 @@ LINKS = ("scale-up", "scale-out")
 MAX_WORKERS = 4096
 
 
-class ScenarioError(ValueError):
+class ScenarioError(ConfigError):
     """A scenario that cannot be simulated; the message names the field, its value and its limit."""
 
 
