@@ -272,11 +272,11 @@ class Sequence:
         Raises ValueError, and has taken the tokens up to there, if one before the last ends it.
         """
         end = self.length + len(tokens)
-        if self._plain and end < self.capacity:  # none of them can end it
+        if self._plain and end <= self.capacity:  # only the last of them can end it
             self._tokens[self.length : end] = tokens
             self.generated += len(tokens)
             self.length = end
-            return None
+            return Finish.LENGTH if end == self.capacity else None
         finish = None
         for token in tokens:
             if finish is not None:
