@@ -10,6 +10,7 @@ from kvmesh.cli.bench_codec import codec
 from kvmesh.cli.bench_cost import cost
 from kvmesh.cli.bench_edge import edge
 from kvmesh.cli.bench_serve import serve
+from kvmesh.cli.bench_simulate import simulate
 from kvmesh.cli.bench_spans import spans
 from kvmesh.cli.options import ConfigFile, Json, command
 from kvmesh.cli.progress import progress_bar
@@ -112,4 +113,5 @@ app.command()(codec)
 app.command()(serve)
 app.command()(cost)
 app.command()(edge)
+app.command()(simulate)
 app.command()(spans)

@@ -363,7 +363,7 @@ def _speed(result: "Result", wall_s: float, cpu_s: float) -> dict[str, float]:
 def _draw(result: "Result", scenario: "Scenario", path: Path) -> None:
     from kvmesh.integration.simulate.report import queue_plot
 
-    title = f"{scenario.model.name} on {scenario.devices} {scenario.device.name} (simulated)"
+    title = f"{scenario.model.name} on {scenario.devices} {result.pools[0].device} (simulated)"
     try:
         path.write_text(queue_plot(result, title), encoding="utf-8")
     except OSError as error:

@@ -29,7 +29,7 @@ def _pool_record(scenario: Scenario, pool: WorkerPool) -> dict[str, Any]:
     return {
         "role": pool.role,
         "workers": pool.workers,
-        "device": scenario.device_of(pool).name,
+        "device": scenario.device_name(pool),
         "parallel": asdict(pool.parallel),
         "slots": pool.slots,
         "step_tokens": pool.step_tokens,

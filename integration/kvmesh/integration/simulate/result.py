@@ -160,7 +160,7 @@ def _pools(scenario: Scenario, mesh: SimMesh, begin: float, end: float) -> tuple
             PoolResult(
                 workers=tuple(names),
                 role=pool.role,
-                device=deployed.device.name,
+                device=deployed.device,
                 devices=pool.devices,
                 kv_tokens_per_rank=deployed.kv_tokens,
                 slots=deployed.limits.slots * deployed.ranks * deployed.lanes * pool.workers,
