@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from kvmesh.integration.mlperf.schedule import arrivals
 from kvmesh.integration.planning import traffic
 from kvmesh.integration.planning.requests import generate
 from kvmesh.integration.serve_report import Limits
@@ -12,6 +13,7 @@ from kvmesh.integration.simulate.scenario import ScenarioError
 from kvmesh.integration.workload import Shape, Workload, poisson_load, scaled
 
 NO_LIMITS = Limits()
+MLPERF = "mlperf-"  # workloads whose arrivals are LoadGen's
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +83,26 @@ def from_named(
         )
     loop = ClosedLoop(1) if scenario.arrival == "closed" else None
     limits = Limits(ttft_s=_seconds(scenario.ttft_ms), tpot_s=_seconds(scenario.tpot_ms))
+
+    def at(wanted: float) -> Workload:
+        made = generate(workload, amount.at(wanted) if poisson else amount.requests, wanted, seed)
+        return _as_loadgen(made, wanted) if poisson and workload.name.startswith(MLPERF) else made
+
     return Source(
-        lambda r: generate(workload, amount.at(r) if poisson else amount.requests, r, seed),
+        at,
         rate if poisson else None,
         max_context,
         loop,
         workload.share_prefixes,
         limits,
     )
+
+
+def _as_loadgen(workload: Workload, rate: float) -> Workload:
+    """The same requests at the times that MLPerf's LoadGen gives them."""
+    times = arrivals(rate, len(workload.requests)).tolist()
+    pairs = zip(workload.requests, times, strict=True)
+    return replace(workload, requests=tuple(replace(r, arrival_s=at) for r, at in pairs))
 
 
 def _seconds(milliseconds: float | None) -> float | None:
