@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cuda_on_cpu import open_anywhere
 
 from kvmesh.backends.base import Model, ModelOptions
-from kvmesh.backends.registry import open_model
 
 try:
     import torch
@@ -135,14 +135,13 @@ def biased(tmp_path: Path) -> RandomCheckpoint:
 
 Open = Callable[..., Model]
 
-
 @pytest.fixture
 def open_on() -> Iterator[Open]:
     """open_on(backend, folder, **options): a small model that is closed after the test."""
     with ExitStack() as stack:
 
         def open_small(backend: str, folder: Path, **options: Any) -> Model:
-            small = {"num_blocks": 64, "num_slots": 16, **options}
-            return stack.enter_context(closing(open_model(backend, folder, ModelOptions(**small))))
+            small = ModelOptions(**{"num_blocks": 64, "num_slots": 16, **options})
+            return stack.enter_context(closing(open_anywhere(backend, folder, small)))
 
         yield open_small

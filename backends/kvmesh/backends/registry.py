@@ -16,6 +16,7 @@ AUTO = "auto"
 
 _BUILT_IN = {
     "cpu": "kvmesh.backends.cpu.backend:CpuBackend",
+    "cuda": "kvmesh.backends.cuda.backend:CudaBackend",
     "lpu": "kvmesh.backends.lpu.backend:LpuBackend",
 }
 _AUTO_ORDER = ("cpu",)  # fastest first; only backends that measure real time
