@@ -19,7 +19,7 @@ SPLITTING = Splitting(3, 1)
 def open_anywhere(backend: str, folder: Path, options: ModelOptions) -> Model:
     """As the registry does, but for SHIM."""
     if backend == SHIM:
-        return open_on_shim(folder, options)
+        return open_on_shim(folder, options, warm=False)
     return open_model(backend, folder, options)
 
 

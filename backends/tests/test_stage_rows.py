@@ -19,7 +19,9 @@ def outputs(stages: StagePipeline, count: int, offset: int) -> list[np.ndarray]:
     found = []
     for stage in range(2):
         stages.run(stage, count)
-        found += [each[:count].copy() for each in (stages.buffers.q, stages.buffers.k, stages.buffers.v)]
+        found += [
+            each[:count].copy() for each in (stages.buffers.q, stages.buffers.k, stages.buffers.v)
+        ]
         stages.buffers.attention[:count] = attention[offset : offset + count]
     return found
 

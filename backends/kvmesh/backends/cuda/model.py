@@ -1,4 +1,4 @@
-"""A model on a CUDA device: dense stages in ONNX Runtime, attention over the pool in our kernels."""
+"""A model on a CUDA device: dense stages in ONNX Runtime, attention over the pool in kernels."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -38,7 +38,8 @@ _WARM_UP_ROUNDS = 2  # the first loads kernels and the second records them: neit
 
 
 class CudaModel:
-    """See base.Model. clock: seconds of the host, monotonic. splitting: of a row's context."""
+    """See base.Model. splitting: of a row's context. warm: run a few steps first, else the estimate
+    is a guess and the first steps load the kernels. clock: seconds of the host, monotonic."""
 
     def __init__(
         self,
@@ -46,6 +47,7 @@ class CudaModel:
         options: ModelOptions,
         device: Device,
         splitting: Splitting | None = None,
+        warm: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         config = checkpoint.config
@@ -78,7 +80,8 @@ class CudaModel:
         self._fit = StepFit(_PRIOR)
         self._last_step, self._last_shape = StepTimes(), StepShape()
         try:
-            self._warm_up()
+            if warm:
+                self._warm_up()
         except CodecError as error:
             self.close()
             raise CheckpointError(

@@ -50,7 +50,10 @@ class DeviceStages:
         self._rows = device.zeros((ROWS,), np.int64)
         self._logits = device.zeros((ROWS, self._graphs.vocab_size), np.float32)
         self._bindings = [
-            [self._graphs.bind(stage, slice(at * ROWS, (at + 1) * ROWS)) for stage in range(self.last)]
+            [
+                self._graphs.bind(stage, slice(at * ROWS, (at + 1) * ROWS))
+                for stage in range(self.last)
+            ]
             for at in range(self._chunks)
         ]
         self._head = self._graphs.bind(self.last, slice(0, self._chunks * ROWS))

@@ -176,7 +176,7 @@ def _sections(grid: Grid) -> tuple[dict[str, tuple[int, np.dtype[Any], tuple[int
         "decode": (_INT32, (grid.decode, 3)),
         "prefill": (_INT32, (grid.prefill, 3)),
         "filled": (_INT32, (grid.filled, 2)),
-        **{name: (_INT32, (1,)) for name in _COUNTS},
+        **dict.fromkeys(_COUNTS, (_INT32, (1,))),
     }
     found, at = {}, 0
     for name, (dtype, shape) in shapes.items():
