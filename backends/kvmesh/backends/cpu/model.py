@@ -31,6 +31,9 @@ from kvmesh.kernels.errors import CodecError
 
 Floats = npt.NDArray[np.float32]
 
+# A device of this backend is a core. The price is a plain one of large clouds, on demand.
+_CORE_USD_H = 0.04
+_CORE_SOURCE = "about a cloud's core on demand; price_usd_per_hour sets yours"
 _POOL_LIMIT_BYTES = 2 << 30
 # Proportions of a small model on one core; its own steps soon set the magnitudes.
 _PRIOR = Estimate(3e-4, 1e-4, 1e-4, 5e-7)
@@ -67,6 +70,7 @@ class CpuModel:
             num_slots=options.num_slots,
         )
         self._centers = checkpoint.centers
+        self._threads = options.threads
         self._stages = StagePipeline(
             checkpoint, options.max_step_tokens, SessionOptions(options.threads, options.spin)
         )
@@ -91,6 +95,9 @@ class CpuModel:
             kind="measured",
             architecture=platform.machine(),
             memory_bytes=memory_bytes("MemTotal", 0),
+            price_per_hour=_CORE_USD_H,
+            price_source=_CORE_SOURCE,
+            count=self._threads,
         )
 
     @property
