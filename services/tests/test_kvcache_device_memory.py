@@ -1,4 +1,4 @@
-"""A shard's blocks in device memory: the same bytes, overflow, slots used again, a failing device."""
+"""A shard's blocks in device memory: the same bytes, overflow, slots reused, a failing device."""
 
 import asyncio
 import random
