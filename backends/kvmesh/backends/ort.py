@@ -5,7 +5,6 @@ running them, so those of recent token counts are kept.
 """
 
 from collections import OrderedDict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +22,7 @@ from kvmesh.kernels.cuda.device import Place
 _KEPT_TOKEN_COUNTS = 128
 _WARNINGS_OFF = 3  # ONNX Runtime's level for errors only
 
-Provider = str | tuple[str, Mapping[str, str]]
+Provider = str | tuple[str, dict[str, str]]
 
 
 @dataclass(frozen=True, slots=True)

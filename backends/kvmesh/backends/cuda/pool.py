@@ -1,5 +1,7 @@
 """Sealed blocks and unfinished ones in device memory."""
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -21,9 +23,9 @@ class DevicePool:
         self._device, self._layout = device, layout
         self._tools = BlockTools(device, layout)
         self._shape = num_blocks, num_slots
-        self.blocks = device.zeros((num_blocks, layout.block_bytes), np.uint8)
+        self.blocks: Any = device.zeros((num_blocks, layout.block_bytes), np.uint8)
         tail = (layout.num_layers, 2, BLOCK_SIZE, layout.num_kv_heads, layout.head_dim)
-        self.tails = device.zeros((num_slots, *tail), np.float32)
+        self.tails: Any = device.zeros((num_slots, *tail), np.float32)
 
     @property
     def layout(self) -> KvLayout:

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from kvmesh.kernels.cuda.device import Device
 from kvmesh.kernels.cuda.slots import BlockSlots
@@ -76,11 +76,11 @@ class DeviceMemory:
             self._placed.move_to_end(block)
         slots = list(placed.values())
         jobs = [self._submit(partial(self._read, slots))] if slots else []
-        waited = [block.pending for block in blocks if block.pending is not None]
         in_memory = {block: block.data for block in blocks if block.data is not None}
         pending = {block: block.pending for block in blocks if block.pending is not None}
-        if jobs or waited:
-            await asyncio.wait([*jobs, *waited])
+        waited: list[asyncio.Future[Any]] = [*jobs, *pending.values()]
+        if waited:
+            await asyncio.wait(waited)
         read = self._result(jobs[0]) if jobs else None
         found = dict(zip(placed, read, strict=True)) if read is not None else {}
         brought = {block: self._result(job) for block, job in pending.items()}
