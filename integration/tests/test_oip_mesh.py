@@ -11,8 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
-from meshes import inference, mesh_config, prompts, ready
-from test_mesh_security import issue
+from meshes import inference, issue, mesh_config, prompts, ready
 
 from kvmesh.integration.launch import Mesh, running_mesh
 from kvmesh.integration.launch_state import read_state, traces_path
@@ -20,6 +19,7 @@ from kvmesh.integration.loadgen import run_request
 from kvmesh.oip import inference_pb2 as pb
 from kvmesh.oip import inference_pb2_grpc
 from kvmesh.services.common.config import GatewayConfig, WorkerConfig
+from kvmesh.services.router.client import InferenceClient
 from kvmesh.services.traces.query import Filter
 from kvmesh.services.traces.store import SpanReader
 from kvmesh.v1 import common_pb2, inference_pb2
@@ -62,9 +62,8 @@ async def said_directly(mesh: Mesh, text: str) -> str:
         return (await run_request(client, asked)).text
 
 
-async def held(mesh: Mesh) -> tuple[int, int]:
-    async with inference(mesh) as client:
-        status = await client.status()
+async def held(client: InferenceClient) -> tuple[int, int]:
+    status = await client.status()
     return sum(m.blocks_total - m.blocks_free for m in status.members), status.requests_active
 
 
@@ -81,7 +80,8 @@ async def test_the_protocol_says_what_direct_grpc_says_and_leaves_nothing(tmp_pa
             stub: Any = inference_pb2_grpc.GRPCInferenceServiceStub(channel)
             await same_text(stub, said)
             await refused(stub)
-            await abandoned(mesh, stub)
+            async with inference(mesh) as client:
+                await abandoned(client, stub)
     with SpanReader(traces_path(tmp_path)) as reader:
         newest = reader.newest(Filter(), 50)
         spans = [span for summary in newest for span in reader.spans(summary.trace_id)]
@@ -117,14 +117,14 @@ async def refused(stub: Any) -> None:
     assert caught.value.code() is grpc.StatusCode.NOT_FOUND
 
 
-async def abandoned(mesh: Mesh, stub: Any) -> None:
+async def abandoned(client: InferenceClient, stub: Any) -> None:
     """A stream whose client goes away, and a request whose deadline passes, free their blocks."""
     long = {"max_tokens": 7000, "ignore_eos": True, "temperature": 0}
     text = "".join(chr(97 + token % 26) for token in prompts()[0])
     call = stub.ModelStreamInfer()
     for _ in range(3):
         await call.write(request(text, long, stream=True))
-    while not (await held(mesh))[0]:
+    while not (await held(client))[0]:
         await call.read()
     call.cancel()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -132,7 +132,7 @@ async def abandoned(mesh: Mesh, stub: Any) -> None:
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
     # It takes less than a second, but a busy machine may be slow.
     async with asyncio.timeout(20.0):
-        while await held(mesh) != (0, 0):
+        while await held(client) != (0, 0):
             await asyncio.sleep(0.05)
 
 

@@ -11,6 +11,7 @@ from gateway_fakes import FakeMesh, edge_of
 
 from kvmesh.oip import inference_pb2 as pb
 from kvmesh.oip import inference_pb2_grpc
+from kvmesh.services.common.callers import Callers
 from kvmesh.services.common.security import Security
 from kvmesh.services.common.server import Listener
 from kvmesh.services.gateway.oip.servicer import SERVICE, OipServicer
@@ -71,12 +72,13 @@ def parameters(response: pb.ModelInferResponse) -> Mapping[str, Any]:
 
 @asynccontextmanager
 async def oip_server(
-    mesh: FakeMesh, security: Security | None = None
+    mesh: FakeMesh, callers: Callers | None = None
 ) -> AsyncIterator[tuple[Any, OipServicer]]:
     """A stub and what is behind it."""
     servicer = OipServicer()
-    servicer.edge = edge_of(mesh)
-    bound = Listener("127.0.0.1", 0, (SERVICE,), mutual=False).open(security or Security())
+    servicer.edge = edge_of(mesh, callers)
+    listener = Listener("127.0.0.1", 0, (SERVICE,), mutual=False, callers=callers)
+    bound = listener.open(Security())
     inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, bound.server)
     address = await bound.bind()
     try:

@@ -11,8 +11,8 @@ from gateway_fakes import WAIT_S, FakeMesh
 from oip_calls import oip_server, parameters, raw_outputs, raw_request, typed_request, with_length
 
 from kvmesh.oip import inference_pb2 as pb
+from kvmesh.services.common.callers import Callers
 from kvmesh.services.common.errors import InvalidRequest, NotFound, Overloaded, Unavailable
-from kvmesh.services.common.security import Security
 
 SAID = "Hello é"
 
@@ -293,7 +293,10 @@ async def test_a_deadline_and_a_client_that_goes_away_end_the_work() -> None:
 
 
 async def test_the_meshs_token_is_asked_for() -> None:
-    async with oip_server(FakeMesh(), Security(token="t0ken")) as (stub, _):
+    """And goes on with the request: the edge has no rights of its own to lend."""
+    mesh = FakeMesh()
+    async with oip_server(mesh, Callers("t0ken")) as (stub, _):
         code, _ = await status_of(stub.ModelInfer(raw_request("Say")))
         assert code is grpc.StatusCode.UNAUTHENTICATED
         await stub.ModelInfer(raw_request("Say"), metadata=(("authorization", "Bearer t0ken"),))
+    assert mesh.behalves == ["Bearer t0ken"]

@@ -43,6 +43,7 @@ class SecurityConfig(Section):
     key: Path | None = None
     ca: Path | None = None
     token_file: Path | None = None  # KVMESH_TOKEN in the environment wins
+    keys_file: Path | None = None  # API keys of tenants; see common.api_keys
 
 
 class RouterConfig(Section):

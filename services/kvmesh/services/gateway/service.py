@@ -8,6 +8,7 @@ import grpc
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvmesh.oip import inference_pb2_grpc
+from kvmesh.services.common.callers import load_callers
 from kvmesh.services.common.checkpoint import checkpoint_path
 from kvmesh.services.common.client import MAX_PUBLIC_MESSAGE_BYTES, Link
 from kvmesh.services.common.errors import MeshError, Unavailable
@@ -16,8 +17,9 @@ from kvmesh.services.common.process import MESH_PORT_VARIABLE, ProcessContext, l
 from kvmesh.services.common.server import Listener, Openable
 from kvmesh.services.gateway.app import Edge, make_app
 from kvmesh.services.gateway.errors import from_mesh
+from kvmesh.services.gateway.metrics import EdgeMetrics, show_edge
 from kvmesh.services.gateway.oip.servicer import SERVICE, OipServicer
-from kvmesh.services.gateway.transport import HttpListener
+from kvmesh.services.gateway.transport import Connections, HttpListener
 from kvmesh.services.gateway.vocabulary import Vocabulary, open_vocabulary
 from kvmesh.services.router.client import InferenceClient
 from kvmesh.v1 import inference_pb2, mesh_pb2
@@ -41,6 +43,7 @@ class Door:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.app is None:
             error = from_mesh(Unavailable("the mesh is still starting"))
+            error.headers["connection"] = "close"  # the body is not read
             await error.response()(scope, receive, send)
             return
         self.active += 1
@@ -59,7 +62,11 @@ class GatewayService:
     def __init__(self, context: ProcessContext) -> None:
         self._context = context
         self._door = Door()
+        self._callers = load_callers(
+            context.security.token, context.config.security, context.meters
+        )
         self._oip = OipServicer()
+        self._connections = Connections()
         self._edge: Edge | None = None
         self._link: Link | None = None
         self._lease: MembershipLease | None = None
@@ -71,7 +78,9 @@ class GatewayService:
         files = config.security
         certificate = (str(files.cert), str(files.key)) if files.cert and files.key else None
         port = listen_port(config.gateway.port)
-        http = HttpListener(config.host, port, self._door, config.gateway, certificate)
+        http = HttpListener(
+            config.host, port, self._door, config.gateway, certificate, self._connections
+        )
         return (http, self._oip_listener()) if config.gateway.oip else (http,)
 
     def _oip_listener(self) -> Listener:
@@ -84,6 +93,7 @@ class GatewayService:
             mutual=False,
             max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES,
             or_any=port is None,
+            callers=self._callers,
         )
 
     def register(self, listeners: Sequence[grpc.aio.Server]) -> None:
@@ -104,13 +114,16 @@ class GatewayService:
         self._link = Link(self._lease.inference_address, context.security)
         mesh = InferenceClient(self._link)
         found = await self._wait_model(mesh)
+        metrics = EdgeMetrics(context.meters)
+        show_edge(context.meters, metrics, lambda: self._connections.open)
         self._edge = Edge(
             mesh=mesh,
             vocabulary=self._vocabulary,
             telemetry=context.telemetry,
             config=context.config.gateway,
             peer=self._link.address,
-            token=context.security.token,
+            callers=self._callers,
+            metrics=metrics,
             fingerprint=f"fp_{found.format.fingerprint.hex()[:12]}_{found.format.codec}",
         )
         self._door.app = make_app(self._edge)

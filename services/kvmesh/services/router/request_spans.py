@@ -39,6 +39,9 @@ class RequestSpans:
             traceparent=carrier.get("traceparent", ""), tracestate=carrier.get("tracestate", "")
         )
 
+    def of_tenant(self, name: str) -> None:
+        self._root.set_attribute(names.TENANT, name)
+
     @contextmanager
     def tokenize(self) -> Iterator[trace.Span]:
         """The tokenizer's own span becomes a child of this one."""

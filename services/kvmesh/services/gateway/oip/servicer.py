@@ -12,9 +12,10 @@ from opentelemetry.trace import Span, SpanKind
 from kvmesh.oip import inference_pb2 as pb
 from kvmesh.oip import inference_pb2_grpc
 from kvmesh.services.common import names
+from kvmesh.services.common.callers import authorization
 from kvmesh.services.common.errors import Expired, MeshError, NotFound, Unavailable
 from kvmesh.services.common.telemetry import context_of, extract
-from kvmesh.services.gateway.app import Edge
+from kvmesh.services.gateway.app import Edge, Mesh
 from kvmesh.services.gateway.oip.answers import VERSION, InferAnswer
 from kvmesh.services.gateway.oip.metadata import model_config, model_metadata, server_metadata
 from kvmesh.services.gateway.oip.requests import Inference, read_request
@@ -37,12 +38,12 @@ class OipServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
         return pb.ServerLiveResponse(live=True)
 
     async def ServerReady(self, request: Any, context: Any) -> pb.ServerReadyResponse:
-        return pb.ServerReadyResponse(ready=await self._ready_model() is not None)
+        return pb.ServerReadyResponse(ready=await self._ready_model(context) is not None)
 
     async def ModelReady(
         self, request: pb.ModelReadyRequest, context: Any
     ) -> pb.ModelReadyResponse:
-        model = await self._ready_model()
+        model = await self._ready_model(context)
         named = model is not None and model.name == request.name
         return pb.ModelReadyResponse(ready=named and request.version in ("", VERSION))
 
@@ -52,12 +53,12 @@ class OipServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelMetadata(
         self, request: pb.ModelMetadataRequest, context: Any
     ) -> pb.ModelMetadataResponse:
-        return model_metadata(await self._model(request.name, request.version))
+        return model_metadata(await self._model(request.name, request.version, context))
 
     async def ModelConfig(
         self, request: pb.ModelConfigRequest, context: Any
     ) -> pb.ModelConfigResponse:
-        model = await self._model(request.name, request.version)
+        model = await self._model(request.name, request.version, context)
         return pb.ModelConfigResponse(config=model_config(model))
 
     async def ModelInfer(
@@ -100,7 +101,7 @@ class OipServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
                 limit_s = _least(inference.timeout_s, context.time_remaining())
                 try:
                     async with asyncio.timeout(limit_s):
-                        await _answer(edge, inference, emit)
+                        await _answer(edge, _mesh(edge, context), inference, emit)
                 except TimeoutError:
                     raise Expired(f"the request did not end within {limit_s:g} s") from None
         finally:
@@ -113,19 +114,19 @@ class OipServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
             raise Unavailable("this edge drains")
         return self.edge
 
-    async def _ready_model(self) -> inference_pb2.ModelInfo | None:
+    async def _ready_model(self, context: Any) -> inference_pb2.ModelInfo | None:
         """None while nothing can run."""
         try:
-            models = (await self._open().mesh.list_models()).models
+            models = (await _mesh(self._open(), context).list_models()).models
         except MeshError:
             return None
         return models[0] if models else None
 
-    async def _model(self, name: str, version: str) -> inference_pb2.ModelInfo:
+    async def _model(self, name: str, version: str, context: Any) -> inference_pb2.ModelInfo:
         _check_version(name, version)
         edge = self._open()
         try:
-            models = (await edge.mesh.list_models()).models
+            models = (await _mesh(edge, context).list_models()).models
         except MeshError as error:
             raise _public(error, edge.peer) from error
         for model in models:
@@ -135,10 +136,17 @@ class OipServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
         raise NotFound(f"no model '{name[:200]}'; this mesh has: {known}")
 
 
-async def _answer(edge: Edge, inference: Inference, emit: Emit) -> None:
+def _mesh(edge: Edge, context: Any) -> Mesh:
+    """The mesh as this caller may use it."""
+    if edge.callers.open:
+        return edge.mesh
+    return edge.mesh.on_behalf(authorization(context.invocation_metadata()))
+
+
+async def _answer(edge: Edge, mesh: Mesh, inference: Inference, emit: Emit) -> None:
     answer = InferAnswer(inference, edge.vocabulary)
     try:
-        async with aclosing(merged(edge.mesh, inference.plan.generate)) as responses:
+        async with aclosing(merged(mesh, inference.plan.generate)) as responses:
             async for index, response in responses:
                 answer.add(index, response)
                 if inference.stream:
