@@ -178,9 +178,11 @@ def _with_overheads(
             decode_token_s=max(0.0, estimate.decode_token_s + each_s),
         )
         scenario = replace(scenario, estimate=estimate)
-    told = simulate(scenario, _loop(loads[0], 1))
-    late = statistics.median(each.ttft_s for each in seen[0]) - (told.ttft.p50 or 0.0)
-    return replace(scenario, overheads=Overheads(request_s=max(0.0, late)))
+    late = []
+    for load, results, running in zip(loads, seen, (1, _SEVERAL), strict=True):
+        told = simulate(scenario, _loop(load, running))
+        late.append(statistics.median(each.ttft_s for each in results) - (told.ttft.p50 or 0.0))
+    return replace(scenario, overheads=Overheads(request_s=max(0.0, statistics.mean(late))))
 
 
 def _loop(load: Workload, running: int) -> Load:

@@ -175,6 +175,25 @@ class Place:
     prompt: Prompt
 
 
+def prompt_seconds(model: CostModel, place: Place) -> float:
+    """Until a worker has computed the prompt, whoever goes on from there."""
+    return (
+        queue_seconds(model, place.load)
+        + prefill_seconds(model, place.load, place.prompt)
+        + transfer_seconds(model, place.prompt.remote)
+    )
+
+
+def output_seconds(model: CostModel, place: Place, output: int) -> float:
+    """What a worker would take to go on from a prompt that was computed elsewhere."""
+    prompt = place.prompt
+    return (
+        queue_seconds(model, place.load)
+        + decode_seconds(place.load, prompt.tokens, output)
+        + transfer_seconds(model, prompt.tokens - prompt.local)
+    )
+
+
 def handover(model: CostModel, prefill: Place, decode: Place, output: int) -> Candidate:
     """`prefill` computes the prompt and puts its blocks; `decode` fetches them and goes on."""
     queue_s = queue_seconds(model, prefill.load)

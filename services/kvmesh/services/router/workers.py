@@ -22,6 +22,20 @@ class WorkerState:
     estimate: StepEstimate = field(default_factory=StepEstimate)
     sent: dict[str, int] = field(default_factory=dict)
     backlog: int = 0  # sum of sent
+    # Of the member and the report: a decision asks every worker, and messages are slow to read.
+    member_id: str = field(init=False)
+    role: str = field(init=False)
+    max_context: int = field(init=False)
+    reported: tuple[int, int, int] = (0, 0, 0)  # requests, pending prompt tokens, blocks
+
+    def __post_init__(self) -> None:
+        self.member_id, self.role = self.member.member_id, self.member.role
+        self.max_context = self.member.model.max_context
+
+    def take(self, report: worker_pb2.LoadReport) -> None:
+        self.report = report
+        running = report.running + report.waiting
+        self.reported = running, report.pending_prefill_tokens, report.blocks_total
 
     @property
     def state(self) -> str:
@@ -30,17 +44,17 @@ class WorkerState:
         return "draining" if self.draining or self.report.draining else "serving"
 
     def load(self, block_size: int) -> WorkerLoad:
-        report = self.report
-        max_prompt = self.member.model.max_context - 1
-        if report.blocks_total:
-            max_prompt = min(max_prompt, report.blocks_total * block_size)
+        running, pending, blocks = self.reported
+        max_prompt = self.max_context - 1
+        if blocks:
+            max_prompt = min(max_prompt, blocks * block_size)
         state = self.state
         return WorkerLoad(
-            member_id=self.member.member_id,
-            role=self.member.role,
+            member_id=self.member_id,
+            role=self.role,
             estimate=self.estimate,
-            running=max(report.running + report.waiting, len(self.sent)),
-            backlog_tokens=max(report.pending_prefill_tokens, self.backlog),
+            running=max(running, len(self.sent)),
+            backlog_tokens=max(pending, self.backlog),
             max_prompt=max_prompt,
             refused="" if state == "serving" else state,
         )
@@ -72,7 +86,7 @@ class WorkerTable:
             if not connected:
                 state.sent.clear()
                 state.backlog = 0
-                state.report = worker_pb2.LoadReport()
+                state.take(worker_pb2.LoadReport())
 
     def draining(self, member_id: str, draining: bool) -> None:
         state = self._states.get(member_id)
@@ -82,7 +96,7 @@ class WorkerTable:
     def reported(self, member_id: str, report: worker_pb2.LoadReport) -> None:
         state = self._states.get(member_id)
         if state is not None:
-            state.report = report
+            state.take(report)
             if report.HasField("estimate"):
                 state.estimate = _estimate(report.estimate)
 
