@@ -9,7 +9,7 @@ import itertools
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvmesh.services.common.config import RouterConfig
 from kvmesh.services.router.cost import (
@@ -121,9 +121,10 @@ class RouterCore:
             held = match.local.get(load.member_id, 0)
             prompt = Prompt(query.prompt_tokens, held * size, match.remote_after(held) * size)
             if not load.refused and load.member_id in query.exclude:
-                load.refused = "failed this request before"
+                load = replace(load, refused="failed this request before")
             if not load.refused and query.prompt_tokens > load.max_prompt:
-                load.refused = f"{query.prompt_tokens} prompt tokens, at most {load.max_prompt} fit"
+                refused = f"{query.prompt_tokens} prompt tokens, at most {load.max_prompt} fit"
+                load = replace(load, refused=refused)
             places.append(Place(load, prompt))
         return places
 
@@ -195,13 +196,14 @@ def _decide(query: RouteQuery, candidates: Sequence[Candidate]) -> Decision:
 
     def share(candidate: Candidate) -> tuple[int, str]:
         pair = f"{candidate.prefill_worker}>{candidate.decode_worker}"
-        # Equal candidates are shared out by request, the same way each time.
+        # Equally good ones are shared out by request, the same way each time.
         return zlib.crc32(f"{query.request_id}/{pair}".encode()), pair
 
-    ordered: list[Candidate] = []
-    for _, equals in itertools.groupby(sorted(candidates, key=cost), key=cost):
-        group = list(equals)
-        ordered += sorted(group, key=share) if len(group) > 1 else group
+    ordered = sorted(candidates, key=cost)
+    if len(ordered) > 1 and cost(ordered[1]) == cost(ordered[0]):
+        least = cost(ordered[0])
+        equal = len(list(itertools.takewhile(lambda each: cost(each) == least, ordered)))
+        ordered[:equal] = sorted(ordered[:equal], key=share)
     if not ordered:
         return Decision((), None, "no worker is in the mesh")
     if ordered[0].rejected:

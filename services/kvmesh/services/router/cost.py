@@ -37,7 +37,7 @@ class CostModel:
     block_bytes: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class WorkerLoad:
     """One worker as a decision sees it.
 

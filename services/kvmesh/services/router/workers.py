@@ -22,20 +22,6 @@ class WorkerState:
     estimate: StepEstimate = field(default_factory=StepEstimate)
     sent: dict[str, int] = field(default_factory=dict)
     backlog: int = 0  # sum of sent
-    # Of the member and the report: a decision asks every worker, and messages are slow to read.
-    member_id: str = field(init=False)
-    role: str = field(init=False)
-    max_context: int = field(init=False)
-    reported: tuple[int, int, int] = (0, 0, 0)  # requests, pending prompt tokens, blocks
-
-    def __post_init__(self) -> None:
-        self.member_id, self.role = self.member.member_id, self.member.role
-        self.max_context = self.member.model.max_context
-
-    def take(self, report: worker_pb2.LoadReport) -> None:
-        self.report = report
-        running = report.running + report.waiting
-        self.reported = running, report.pending_prefill_tokens, report.blocks_total
 
     @property
     def state(self) -> str:
@@ -44,17 +30,17 @@ class WorkerState:
         return "draining" if self.draining or self.report.draining else "serving"
 
     def load(self, block_size: int) -> WorkerLoad:
-        running, pending, blocks = self.reported
-        max_prompt = self.max_context - 1
-        if blocks:
-            max_prompt = min(max_prompt, blocks * block_size)
+        report = self.report
+        max_prompt = self.member.model.max_context - 1
+        if report.blocks_total:
+            max_prompt = min(max_prompt, report.blocks_total * block_size)
         state = self.state
         return WorkerLoad(
-            member_id=self.member_id,
-            role=self.role,
+            member_id=self.member.member_id,
+            role=self.member.role,
             estimate=self.estimate,
-            running=max(running, len(self.sent)),
-            backlog_tokens=max(pending, self.backlog),
+            running=max(report.running + report.waiting, len(self.sent)),
+            backlog_tokens=max(report.pending_prefill_tokens, self.backlog),
             max_prompt=max_prompt,
             refused="" if state == "serving" else state,
         )
@@ -65,6 +51,9 @@ class WorkerTable:
 
     def __init__(self) -> None:
         self._states: dict[str, WorkerState] = {}
+        # Of workers whose state has not changed since: a decision asks all of them.
+        self._loads: dict[str, WorkerLoad] = {}
+        self._block_size = 0
 
     def __iter__(self) -> Iterator[WorkerState]:
         return iter(self._states.values())
@@ -75,53 +64,67 @@ class WorkerTable:
     def join(self, member: mesh_pb2.Member) -> None:
         """A new life: what an earlier one was sent is forgotten."""
         self._states[member.member_id] = WorkerState(member)
+        self._loads.pop(member.member_id, None)
 
     def leave(self, member_id: str) -> None:
         self._states.pop(member_id, None)
+        self._loads.pop(member_id, None)
 
     def connected(self, member_id: str, connected: bool) -> None:
-        state = self._states.get(member_id)
+        state = self._changed(member_id)
         if state is not None:
             state.connected = connected
             if not connected:
                 state.sent.clear()
                 state.backlog = 0
-                state.take(worker_pb2.LoadReport())
+                state.report = worker_pb2.LoadReport()
 
     def draining(self, member_id: str, draining: bool) -> None:
-        state = self._states.get(member_id)
+        state = self._changed(member_id)
         if state is not None:
             state.draining = draining
 
     def reported(self, member_id: str, report: worker_pb2.LoadReport) -> None:
-        state = self._states.get(member_id)
+        state = self._changed(member_id)
         if state is not None:
-            state.take(report)
+            state.report = report
             if report.HasField("estimate"):
                 state.estimate = _estimate(report.estimate)
 
     def sent(self, member_id: str, request_id: str, uncached_tokens: int) -> None:
         """A request went there; it counts until `ended`."""
-        state = self._states.get(member_id)
+        state = self._changed(member_id)
         if state is not None:
             state.backlog += uncached_tokens - state.sent.get(request_id, 0)
             state.sent[request_id] = uncached_tokens
 
     def first_token(self, member_id: str, request_id: str) -> None:
         """Its prompt has been computed."""
-        state = self._states.get(member_id)
+        state = self._changed(member_id)
         if state is not None and state.sent.get(request_id):
             state.backlog -= state.sent[request_id]
             state.sent[request_id] = 0
 
     def ended(self, member_id: str, request_id: str) -> None:
         """Twice is no error."""
-        state = self._states.get(member_id)
+        state = self._changed(member_id)
         if state is not None:
             state.backlog -= state.sent.pop(request_id, 0)
 
     def loads(self, block_size: int) -> list[WorkerLoad]:
-        return [state.load(block_size) for state in self._states.values()]
+        if block_size != self._block_size:
+            self._block_size = block_size
+            self._loads.clear()
+        known = self._loads
+        for name, state in self._states.items():
+            if name not in known:
+                known[name] = state.load(block_size)
+        return [known[name] for name in self._states]
+
+    def _changed(self, member_id: str) -> WorkerState | None:
+        """The state, which the caller is about to change."""
+        self._loads.pop(member_id, None)
+        return self._states.get(member_id)
 
     def can_generate(self) -> bool:
         """Whether any worker takes requests now."""
