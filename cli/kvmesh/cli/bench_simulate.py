@@ -45,9 +45,7 @@ async def simulate(
     total = requests + WARM + (PARTS + 1) * (ALONE + TOGETHER)
     with (
         tempfile.TemporaryDirectory(prefix="kvmesh-bench-") as folder,
-        progress_bar(
-            "requests", requests + WARM + (PARTS + 1) * (ALONE + TOGETHER), hidden=json
-        ) as advance,
+        progress_bar("requests", total, hidden=json) as advance,
     ):
         found = await bench_simulate(ready, plan, Path(folder), advance)
     machine = describe_machine()
