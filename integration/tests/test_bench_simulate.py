@@ -15,7 +15,7 @@ from kvmesh.services.common.config import WorkerConfig
 from kvmesh.v1 import inference_pb2
 
 TRUE = Estimate(0.004, 0.0002, 0.0006, 1e-7)
-GUESSED = Estimate(0.003, 0.0002, 0.0004, 1e-7)
+GUESSED = Estimate(0.003, 0.00015, 0.0004, 1e-7)
 
 
 def scenario_of(estimate: Estimate) -> Scenario:
@@ -39,12 +39,12 @@ def test_what_a_mesh_adds_is_found() -> None:
     seen = bench_simulate._Seen([lesson("a", 12, 1)], [lesson("b", 40, 8)], [GUESSED])
     found = bench_simulate._with_overheads(scenario_of(seen.estimate()), seen)
     assert found.estimate is not None
-    # Steps that only decode; what stands by prompts is not taught.
     for running in (1, 8):
         assert found.estimate.base_s + running * found.estimate.decode_token_s == pytest.approx(
             TRUE.base_s + running * TRUE.decode_token_s, rel=0.05
         )
-    assert found.overheads.request_s == pytest.approx(0.010, abs=0.004)
+    assert found.estimate.prefill_token_s == pytest.approx(TRUE.prefill_token_s, rel=0.05)
+    assert found.overheads.request_s == pytest.approx(0.010, abs=0.003)
 
 
 async def test_a_mesh_and_its_simulation_are_asked_the_same(
