@@ -75,6 +75,7 @@ class WorkerConfig(Section):
     role: Role = "both"
     count: Annotated[int, Field(ge=1)] = 1
     backend: str = "cpu"
+    price_usd_per_hour: Annotated[float, Field(ge=0)] | None = None  # of one device; none: its own
     port: Port = 0
     blocks: Annotated[int, Field(ge=1)] | None = None  # none: half of the free memory, bounded
     slots: Annotated[int, Field(ge=1)] = 64  # sequences that run at once
@@ -86,10 +87,12 @@ class WorkerConfig(Section):
 
 
 class GatewayConfig(Section):
-    """The HTTP edge."""
+    """The edges: OpenAI's API over HTTP, and the Open Inference Protocol over gRPC."""
 
     enabled: bool = True
     port: Port | None = None  # none: 8080, or any free one if that is taken
+    oip: bool = True
+    oip_port: Port | None = None  # none: 8001, or any free one if that is taken
     max_body_bytes: Annotated[int, Field(ge=1 << 10, le=7 << 20)] = 4 << 20
     max_head_bytes: Annotated[int, Field(ge=1 << 10)] = 64 << 10  # request line and headers
     max_connections: Annotated[int, Field(ge=1)] = 1024

@@ -13,6 +13,7 @@ from opentelemetry.context import Context
 
 from kvmesh.services.common.api_keys import Tenant
 from kvmesh.services.common.errors import Expired, MeshError, Overloaded, Unavailable
+from kvmesh.services.router.bill import Bill
 from kvmesh.services.router.core import Decision
 from kvmesh.services.router.cost import Candidate
 from kvmesh.services.router.leg import Leg, LegEnd, error_of
@@ -59,6 +60,7 @@ class Generation:
         self._decode_worker = ""
         self._finish = common_pb2.FINISH_REASON_UNSPECIFIED
         self._usage = inference_pb2.Usage()
+        self._bill = Bill()
         self._reported = 0  # output tokens that the caller has been told of
         self._responses = 0
         self._excluded: frozenset[str] = frozenset()
@@ -90,6 +92,7 @@ class Generation:
         finally:
             timer.cancel()
             self._place.leave(self._used(), finished)
+            self._bill.fill(self._usage)
             parts.metrics.ended(self._end("" if finished else failure))
             self._release()
             self._spans.end(self._usage, self._finish)
@@ -100,6 +103,8 @@ class Generation:
         """New tokens of the present leg, or its end."""
         if leg is not self._leg or self._speech is None:
             return
+        if update.HasField("device"):
+            self._bill.note(update.device)
         if update.token_ids:
             if not leg.answered:
                 self._first_of(leg, update)
@@ -179,6 +184,7 @@ class Generation:
             self._finish = common_pb2.FINISH_REASON_STOP if event.stopped else self._finish
             response.finish_reason = self._finish
             self._usage.completion_tokens = upto
+            self._bill.fill(self._usage)
             response.usage.CopyFrom(self._usage)
         self._spans.texts += 1
         if event.final or not self._responses:
@@ -292,6 +298,7 @@ class Generation:
         if not prefill_only:
             self._usage.decode_worker = worker
         link = self._parts.fleet.workers[worker]
+        self._bill.arrive(link.member)
         self._leg = Leg(self, link, self._parts.core.workers, prefill_only)
         self._leg.begin(submit, uncached)
 
@@ -301,14 +308,13 @@ class Generation:
         self._spans.first_token()
         if not self._output:
             self._usage.ttft_s = self._parts.clock() - self._arrived
+            self._usage.simulated_ttft_s = self._bill.simulated_s
             self._usage.cached_tokens = update.cached_tokens
 
     def _end(self, error: str) -> RequestEnd:
-        worker = self._parts.core.workers.get(self._usage.decode_worker)
         return RequestEnd(
             operation="chat" if self._request.HasField("chat") else "text_completion",
             model=self._model,
-            simulated=worker is not None and worker.member.simulated,
             usage=self._usage,
             duration_s=self._parts.clock() - self._arrived,
             error=error,

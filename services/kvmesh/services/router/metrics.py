@@ -60,12 +60,12 @@ def _show_requests(meters: Meters, counts: RouterCounts) -> None:
                 lambda: counts.cached_tokens,
             ),
             Metric(
-                metric.COST, "{USD}", "Price of finished requests.",
-                lambda: [(counts.cost_usd, {})] if counts.cost_usd else [],
+                metric.COST, "{USD}", "Price of the device time of requests that have ended.",
+                lambda: _by_clock(counts.cost_usd),
             ),
             Metric(
-                metric.DEVICE_TIME, "s", "Device seconds of finished requests.",
-                lambda: [(counts.device_s, {})] if counts.device_s else [],
+                metric.DEVICE_TIME, "s", "Device seconds of requests that have ended.",
+                lambda: _by_clock(counts.device_s),
             ),
         ]
     )  # fmt: skip
@@ -164,6 +164,10 @@ def _model_label(parts: RouterParts) -> dict[str, str]:
 def _members(parts: RouterParts) -> Iterable[Point]:
     kinds = Counter(lease.member.kind for lease in parts.fleet.membership.leases())
     return [(count, {metric.MEMBER_KIND: kind}) for kind, count in kinds.items()]
+
+
+def _by_clock(sums: dict[str, float]) -> Iterable[Point]:
+    return [(value, {names.CLOCK: clock}) for clock, value in list(sums.items()) if value]
 
 
 def _decisions(counts: RouterCounts) -> Iterable[Point]:

@@ -5,6 +5,7 @@ computed |■■■■■■■■■■■■■■■■■■■■■■■�
          |  sealed blocks        |   slot    |   before the next one is to be chosen
 """
 
+from collections.abc import Sequence as Listed
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum, auto
 
@@ -16,9 +17,9 @@ from kvmesh.services.common.errors import InvalidRequest, MeshError
 from kvmesh.services.common.sampling import SamplingSettings
 from kvmesh.services.kvcache.keys import block_keys, child_key
 from kvmesh.services.worker.constraint import OutputMatcher
+from kvmesh.services.worker.device_use import DeviceUse
 from kvmesh.services.worker.sampler import Choice, Logprob, TokenHistory
-
-MAX_MARKS = 32  # sampled times of a decode, for its span
+from kvmesh.services.worker.timeline import SimulatedTimes, Timeline
 
 
 class State(Enum):
@@ -55,11 +56,12 @@ class Work:
     tail_address: the worker that keeps its unfinished block; empty: none does.
     trace: W3C context of its span.
     matcher: what the settings' constraint allows after the output so far; its sequence owns it.
+    keys: of the first full blocks, where the submitter has worked them out; the rest are here.
     """
 
     ticket: int
     request_id: str
-    token_ids: tuple[int, ...]
+    token_ids: Listed[int]
     num_prompt: int
     settings: SamplingSettings
     root: bytes
@@ -70,6 +72,7 @@ class Work:
     tail_address: str = ""
     trace: tuple[tuple[str, str], ...] = ()
     matcher: OutputMatcher | None = None
+    keys: tuple[bytes, ...] = ()
 
     @property
     def is_new(self) -> bool:
@@ -97,38 +100,6 @@ class Fetched:
 
     blocks: dict[int, bytes] = field(default_factory=dict)
     tail: Tail | None = None
-
-
-@dataclass(slots=True)
-class Timeline:
-    """When things happened, on the scheduler's clock; None: not yet.
-
-    marks: (time, output tokens so far, longest wait for one token since the mark before in
-        seconds), at most 32, evenly thinned out: a stall shows, however long the output.
-    """
-
-    received: float
-    admitted: float | None = None
-    first_step: float | None = None
-    first_token: float | None = None
-    ended: float | None = None
-    marks: list[tuple[float, int, float]] = field(default_factory=list)
-    mark_every: int = 1
-    last_token: float | None = None
-    longest_s: float = 0.0
-
-    def mark(self, now: float, count: int) -> None:
-        if self.last_token is not None:
-            self.longest_s = max(self.longest_s, now - self.last_token)
-        self.last_token = now
-        if count % self.mark_every:
-            return
-        self.marks.append((now, count, self.longest_s))
-        self.longest_s = 0.0
-        if len(self.marks) == MAX_MARKS:
-            pairs = zip(self.marks[::2], self.marks[1::2], strict=True)
-            self.marks = [(at, n, max(longest, gone[2])) for gone, (at, n, longest) in pairs]
-            self.mark_every *= 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +141,8 @@ class Sequence:
         self.decode_seal_s = 0.0  # and after it
         self.next_export = 0  # blocks before this index have been offered to the shards
         self.fetched: Fetched | None = None
+        self.use = DeviceUse()
+        self.simulated: SimulatedTimes | None = None  # on a simulated device
         self.finish: Finish | None = None
         self.history: TokenHistory | None = None
         if work.settings.penalizes:
@@ -178,10 +151,15 @@ class Sequence:
         self._tokens = np.zeros(capacity, np.int64)
         self._tokens[: self.length] = work.token_ids
         self._table = np.zeros(-(-capacity // BLOCK_SIZE), np.int32)
-        self._keys = block_keys(work.root, work.token_ids, BLOCK_SIZE)
+        self._keys = list(work.keys) or block_keys(work.root, work.token_ids, BLOCK_SIZE)
         ends = () if work.settings.ignore_eos else work.eos_token_ids
         self._end_ids = work.settings.stop_token_ids.union(ends)
         self._banned = tuple(sorted(self._end_ids))
+
+    @property
+    def waiting_since(self) -> float:
+        """See device_use.Metered."""
+        return self.timeline.received
 
     @property
     def num_output(self) -> int:
@@ -210,6 +188,12 @@ class Sequence:
             raise ValueError(f"{self.work.request_id} holds no slot")
         return self.slot
 
+    def keys(self, start: int, stop: int) -> Listed[bytes]:
+        """The keys of blocks [start, stop), whose tokens are all known."""
+        if stop > len(self._keys):
+            self.key(stop - 1)
+        return self._keys[start:stop]
+
     def key(self, index: int) -> bytes:
         """The key of block `index`, whose tokens are all known."""
         while len(self._keys) <= index:
@@ -233,9 +217,9 @@ class Sequence:
         """The pool ids as an array; entries after len(blocks) mean nothing."""
         return self._table
 
-    def note_seal(self, seconds: float) -> None:
-        """A block was filled; `seconds` is its part of the step's sealing."""
-        self.sealed_here += 1
+    def note_seals(self, count: int, seconds: float) -> None:
+        """So many blocks were filled; `seconds` is their part of the step's sealing."""
+        self.sealed_here += count
         if self.generated:
             self.decode_seal_s += seconds
         else:
@@ -280,6 +264,33 @@ class Sequence:
         if (most is not None and self.num_output >= most) or self.length >= limit:
             return Finish.LENGTH
         return Finish.HANDOVER if self.work.prefill_only else None
+
+    def extend(self, tokens: Listed[int], limit: int) -> Finish | None:
+        """`append` for each token in turn.
+
+        Raises ValueError, and has taken the tokens up to there, if one before the last ends it.
+        """
+        plain = self.history is None and self.work.matcher is None and not self._end_ids
+        # All but the last at once, where none of them could end it.
+        if plain and len(tokens) > 1 and self.length + len(tokens) - 1 < self._longest(limit):
+            self._tokens[self.length : self.length + len(tokens) - 1] = tokens[:-1]
+            self.length += len(tokens) - 1
+            self.generated += len(tokens) - 1
+            tokens = tokens[-1:]
+        finish = None
+        for token in tokens:
+            if finish is not None:
+                raise ValueError(f"{self.work.request_id} ended as {finish.name} before token")
+            finish = self.append(token, limit)
+        return finish
+
+    def tokens_left(self, limit: int) -> int:
+        """Output tokens until it ends for its length, if nothing ends it before."""
+        return 1 if self.work.prefill_only else self._longest(limit) - self.length
+
+    def _longest(self, limit: int) -> int:
+        most = self.work.settings.max_tokens
+        return limit if most is None else min(limit, self.work.num_prompt + most)
 
     def end(self, finish: Finish, now: float) -> None:
         """The one way into the terminal state. Raises ValueError the second time."""
