@@ -50,7 +50,7 @@ def write_trace(run_dir: Path, lost: int = 0) -> None:
             100,
             events=[event],
             attributes={"kvmesh.tenant": "acme"},
-        ),  # fmt: skip
+        ),
         record("prefill", "chat mini", "worker-0", 20, 60, attributes={"kvmesh.tokens": 9}),
         record("kv put", "prefill", "kvcache-0", 50, 55, status="ERROR", status_message="full"),
     ]
