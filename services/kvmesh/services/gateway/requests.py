@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 from kvmesh.services.gateway.errors import invalid, unsupported
 from kvmesh.services.gateway.schema import (
@@ -195,10 +195,8 @@ def _prompts(request: CompletionRequest) -> list[str | tuple[int, ...]]:
         return [prompt]
     if not prompt:
         raise invalid("'prompt' is an empty list", "prompt")
-    # The schema has lists of one kind only, so the first part tells.
-    if isinstance(prompt[0], int):
-        return [cast("tuple[int, ...]", prompt)]
-    return list(cast("tuple[str | tuple[int, ...], ...]", prompt))
+    parts: Any = prompt  # of one kind, which the first tells; to ask each would take as long again
+    return [parts] if isinstance(prompt[0], int) else list(parts)
 
 
 def _prompt(prompt: str | tuple[int, ...]) -> inference_pb2.GenerateRequest:
