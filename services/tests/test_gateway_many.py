@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from router_fakes import FakeTokenizer, FakeWorker, MeshOfFakes, mesh_of, tokens, until
@@ -20,6 +22,7 @@ from kvmesh.services.common.errors import (
 )
 from kvmesh.services.common.key_file import KeyFile, changing
 from kvmesh.services.gateway.many import EdgeMesh, ManyStream
+from kvmesh.services.router.many import MAX_UNREAD, ManySession
 from kvmesh.v1 import inference_pb2
 
 WAIT_S = 10.0
@@ -156,3 +159,34 @@ async def test_each_request_is_its_callers(tmp_path: Path) -> None:
         assert [r.finish_reason async for r in running][-1]
         salts = [submit.cache_salt for submit in worker.submits]
         assert salts[0] and salts[0] != salts[1] == ""
+
+
+async def test_an_edge_that_does_not_listen_is_not_read_from() -> None:
+    taken = 0
+
+    async def batches() -> AsyncIterator[inference_pb2.GenerateBatch]:
+        nonlocal taken
+        while True:
+            taken += 1
+            items = [inference_pb2.GenerateItem(id=taken * 1000 + n) for n in range(1000)]
+            yield inference_pb2.GenerateBatch(items=items)
+            await asyncio.sleep(0)  # those before are refused
+
+    parts: Any = SimpleNamespace(callers=Callers("s3cret"))
+    session = ManySession(parts, WAIT_S)
+    reader = asyncio.create_task(session.read(batches()))
+    try:
+        seen = -1
+        while seen != taken:
+            seen = taken
+            for _ in range(10):
+                await asyncio.sleep(0)
+        assert taken <= MAX_UNREAD / 1000 + 2
+        batch = await session.next()
+        assert batch is not None and len(batch.items) > MAX_UNREAD
+        assert {item.error.code for item in batch.items} == {16}
+        await until(lambda: taken > seen, "there is room again")
+    finally:
+        reader.cancel()
+        await asyncio.gather(reader, return_exceptions=True)
+        await session.close()

@@ -15,6 +15,8 @@ from kvmesh.v1 import inference_pb2 as pb
 
 logger = logging.getLogger(__name__)
 
+MAX_UNREAD = 10_000  # answers that the edge has not taken; no more requests are read beyond
+
 
 class ManySession:
     """timeout_s: of each request."""
@@ -25,6 +27,7 @@ class ManySession:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._said: list[pb.SaidItem] = []
         self._wake = asyncio.Event()
+        self._room = asyncio.Event()  # answers were taken
         self._ended = False
 
     async def read(self, batches: AsyncIterator[pb.GenerateBatch]) -> None:
@@ -33,6 +36,9 @@ class ManySession:
             async for batch in batches:
                 for item in batch.items:
                     self._take(item)
+                while len(self._said) > MAX_UNREAD:
+                    self._room.clear()
+                    await self._room.wait()
         finally:
             self._ended = True
             self._wake.set()
@@ -43,6 +49,7 @@ class ManySession:
             self._wake.clear()
             await self._wake.wait()
         said, self._said = self._said, []
+        self._room.set()
         return pb.SaidBatch(items=said) if said else None
 
     async def close(self) -> None:
