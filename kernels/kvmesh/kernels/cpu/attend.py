@@ -261,17 +261,18 @@ def absorb_tail(
 @kernel
 def attend(
     geo: Any, table: Any, pool: Any, blocks: Any, tail: Any, centers: Any,
-    queries: Any, first: int, scratch: Any, out: Any,
+    queries: Any, first: int, scratch: Any, out: Any, heads: Any,
 ) -> None:  # fmt: skip
     """Attends queries [n, query heads, dim], n <= 64, that lie in one block.
 
     blocks: int32 [any], the sealed blocks before theirs; tail: fp32 [2, 64, heads, dim], filled up
-    to the last query; first: the first query's place in its block; out: like queries.
+    to the last query; first: the first query's place in its block; out: like queries; heads: the
+    first KV head to attend with, and the end.
     """
     group = queries.shape[1] // geo.heads
     count = queries.shape[0]
     starts = np.zeros(blocks.size, np.int64)  # PLAIN does not look at them
-    for head in range(geo.heads):
+    for head in range(heads[0], heads[1]):
         for i in range(count):
             for g in range(group):
                 query = queries[i, head * group + g]

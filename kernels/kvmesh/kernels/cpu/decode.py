@@ -7,10 +7,7 @@ last, then the tail: so a result depends on the sequence alone, not on threads o
 """
 
 import itertools
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -28,6 +25,7 @@ from kvmesh.kernels.cpu.attend import (
 from kvmesh.kernels.cpu.decode_inputs import Cache, Masking, Queries, checked
 from kvmesh.kernels.cpu.jit import entry
 from kvmesh.kernels.cpu.lanes import exp2
+from kvmesh.kernels.cpu.threads import run_parts
 from kvmesh.kernels.cpu.tile import Pool, geometry, make_scratch, tables
 from kvmesh.kernels.merge import Partial
 
@@ -68,7 +66,7 @@ def attend_decode(
             parts.slice(first, end),
         )  # fmt: skip
 
-    _spread(run, items, threads)
+    run_parts(run, _parts_of(items, threads))
     found = Partial(
         np.empty(plan.q.shape, np.float32),
         np.empty((sequences, n, heads), np.float32),
@@ -114,24 +112,12 @@ def _items(
     return np.array(rows, np.int64).reshape(-1, 4)
 
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Kept for the life of the process: starting a thread costs more than a small decode."""
-    return ThreadPoolExecutor(threads, "kvmesh-attend")
-
-
-def _spread(run: Callable[[int, int], None], items: npt.NDArray[np.int64], threads: int) -> None:
-    """Runs items in as many consecutive parts of like size as there are threads."""
+def _parts_of(items: npt.NDArray[np.int64], threads: int) -> list[tuple[int, int]]:
+    """[first, end) of consecutive items, as much work in each as in the others."""
     work = np.cumsum(items[:, 3] - items[:, 2] + 1)
     wanted = work[-1] * np.arange(1, threads) / threads
     cuts = [0, *(np.searchsorted(work, wanted) + 1).tolist(), len(items)]
-    ranges = [(a, b) for a, b in itertools.pairwise(cuts) if a < b]
-    waiting = [_pool(threads - 1).submit(run, *part) for part in ranges[1:]]
-    try:
-        run(*ranges[0])
-    finally:
-        for one in waiting:
-            one.result()
+    return [(a, b) for a, b in itertools.pairwise(cuts) if a < b]
 
 
 @entry
