@@ -1,5 +1,7 @@
 """Membership, admission, cost and the choice made from them, on examples worked out by hand."""
 
+import random
+
 import pytest
 
 from kvmesh.services.common.config import RouterConfig
@@ -100,6 +102,34 @@ class TestMembership:
             mesh.register(other, 0.0)
         mesh.register(member("worker-2"), 0.0)
         mesh.register(member("kvcache-0", kind="kvcache"), 0.0)
+
+    def test_a_life_keeps_its_kind_role_and_address(self) -> None:
+        """What was made for the member when it joined would be left behind."""
+        mesh = Membership(3.0)
+        mesh.register(member("a", kind="tokenizer"), 0.0)
+        moved = member("a", kind="tokenizer")
+        moved.address = "127.0.0.1:2"
+        for other in (member("a", kind="kvcache"), member("a"), moved):
+            with pytest.raises(InvalidRequest, match=r"127\.0\.0\.1:1.*incarnation"):
+                mesh.register(other, 1.0)
+        assert mesh.register(member("a", kind="tokenizer"), 2.0).fresh is False
+        moved.incarnation = 2
+        assert mesh.register(moved, 3.0).fresh
+
+    @pytest.mark.parametrize(
+        "address",
+        ["", " ", "127.0.0.1", "127.0.0.1:", ":1", "127.0.0.1:0", "127.0.0.1:99999", "unix:/x:1",
+         "dns:///a:1", "a b:1", "[::1:5", "a\x00:1", "é:1", "a" * 254 + ":1"],
+    )  # fmt: skip
+    def test_an_address_is_a_host_and_a_port(self, address: str) -> None:
+        mesh = Membership(3.0)
+        broken = member("a", kind="tokenizer")
+        broken.address = address
+        with pytest.raises(InvalidRequest, match="address"):
+            mesh.register(broken, 0.0)
+        for right in ("localhost:1", "10.0.0.1:65535", "[::1]:50051", "a-b.example.com:80"):
+            broken.address, broken.incarnation = right, broken.incarnation + 1
+            mesh.register(broken, 0.0)
 
     def test_malformed_members_are_refused(self) -> None:
         mesh = Membership(3.0)
@@ -313,3 +343,40 @@ class TestDecisions:
         assert [c.total_s for c in usable] == sorted(c.total_s for c in usable)
         assert [c.chosen for c in decision.candidates] == [True] + [False] * 7
         assert core_of().choose(RouteQuery("r", 1, [], 1), 0.0).reason == "no worker is in the mesh"
+
+
+def test_of_many_pairs_a_shortlist_finds_the_best() -> None:
+    """Against all pairs, weighed one by one, under random loads."""
+    rng = random.Random(5)
+    worse = []
+    for number in range(40):
+        core = RouterCore(RouterConfig(), CostModel(block_bytes=20_000))
+        for index in range(30):
+            role = "prefill" if index % 3 == 0 else "decode"
+            name = f"{role}-{index}"
+            core.workers.join(
+                mesh_pb2.Member(
+                    member_id=name, incarnation=1, role=role,
+                    model=inference_pb2.ModelInfo(max_context=100_000),
+                )
+            )  # fmt: skip
+            core.workers.connected(name, True)
+            report = worker_pb2.LoadReport(
+                running=rng.randrange(60), pending_prefill_tokens=rng.randrange(20_000)
+            )
+            core.workers.reported(name, report)
+        decision = core.choose(RouteQuery(f"r{number}", 4000, (), 200), now=0.0)
+        loads = core.workers.loads(64)
+        every = [
+            handover(core.model, Place(p, Prompt(4000)), Place(d, Prompt(4000)), 128).total_s
+            for p in loads
+            if p.role == "prefill"
+            for d in loads
+            if d.role == "decode"
+        ]
+        assert len(every) == 200
+        assert decision.chosen is not None and decision.chosen.prefill_worker
+        worse.append(decision.chosen.total_s / min(every) - 1)
+        alone = [c for c in decision.candidates if not c.prefill_worker]
+        assert len(alone) == 30 and all(c.rejected for c in alone)
+    assert max(worse) < 0.02 and sum(w < 1e-9 for w in worse) >= 30

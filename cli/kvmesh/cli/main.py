@@ -4,13 +4,14 @@ from typing import Annotated
 
 import typer
 
-from kvmesh.cli import bench, devices, evaluate, grpc_call, kv, lpu, model, plan, trace
+from kvmesh.cli import bench, devices, evaluate, grpc_call, keys, kv, lpu, model, plan, trace
 from kvmesh.cli.chat import chat
 from kvmesh.cli.demo import demo
 from kvmesh.cli.doctor import doctor
 from kvmesh.cli.generate import generate
 from kvmesh.cli.route import route
 from kvmesh.cli.serve import serve
+from kvmesh.cli.simulate import simulate
 from kvmesh.cli.status import models, status
 from kvmesh.cli.top import top
 from kvmesh.cli.up import down, up
@@ -40,10 +41,11 @@ def _options(
     pass
 
 
-for command in (up, down, status, top, generate, chat, route, models, doctor, demo):
+for command in (up, down, status, top, generate, chat, route, models, doctor, demo, simulate):
     app.command()(command)
 app.command(hidden=True)(serve)
 app.add_typer(kv.app, name="kv")
+app.add_typer(keys.app, name="keys")
 app.add_typer(trace.app, name="trace")
 app.add_typer(grpc_call.app, name="grpc")
 app.add_typer(bench.app, name="bench")

@@ -12,14 +12,11 @@ import numpy.typing as npt
 
 from kvmesh.kernels.cuda.blocks import BlockTools
 from kvmesh.kernels.cuda.device import Device
-from kvmesh.kernels.cuda.plan import DevicePlan, Splitting
+from kvmesh.kernels.cuda.occupancy import block_shape
+from kvmesh.kernels.cuda.plan import DevicePlan, Grid, Splitting
 from kvmesh.kernels.cuda.source import PREFILL_WARPS, ROWS, Unit, attend_shape, value_parts
 from kvmesh.kernels.errors import CodecError
-from kvmesh.kernels.layout import BLOCK_SIZE, KvLayout
-
-_SEAL_WARPS = 8
-_FINISH_THREADS = 128
-_FLOAT = 4  # bytes
+from kvmesh.kernels.layout import KvLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,20 +68,17 @@ class StepKernels:
 
     def seal(self, plan: DevicePlan, layer: int, kv: tuple[Any, Any]) -> None:
         """One layer of the blocks that the step fills."""
-        if not len(plan.host.filled):
+        if not plan.grid.filled:
             return
-        layout, dim = self._layout, self._layout.head_dim
-        shared = _SEAL_WARPS * 2 * dim * _FLOAT + BLOCK_SIZE * dim
-        grid = (len(plan.host.filled), layout.num_kv_heads, 2)
+        layout = self._layout
+        grid = (plan.grid.filled, layout.num_kv_heads, 2)
         args = (
             self._memory.blocks, *self._offsets(layer), plan.row_start, plan.start, plan.slot,
-            plan.tables, np.int32(plan.host.tables.shape[1]), *kv, self._memory.tails,
+            plan.tables, np.int32(plan.grid.table_width), *kv, self._memory.tails,
             np.int32(layer), np.int32(layout.num_layers), np.int32(layout.num_kv_heads),
             self._memory.centers[layer], plan.filled, plan.num_filled, plan.bad,
         )  # fmt: skip
-        self._device.launch(
-            self._unit("seal", layer), "seal_layer", grid, _SEAL_WARPS * 32, shared, args
-        )
+        self._launch(self._unit("seal", layer), "seal_layer", grid, args)
 
     def append(self, plan: DevicePlan, layer: int, kv: tuple[Any, Any]) -> None:
         """The rows of each segment's unfinished block, to its tail."""
@@ -94,8 +88,7 @@ class StepKernels:
             plan.num_tokens, *kv, np.int32(layer), np.int32(layout.num_layers),
             np.int32(layout.num_kv_heads),
         )  # fmt: skip
-        tokens = int(plan.host.row_start[-1])
-        self._device.launch(self._unit("seal", layer), "append_tails", (tokens, 1, 1), 128, 0, args)
+        self._launch(self._unit("seal", layer), "append_tails", (plan.grid.tokens, 1, 1), args)
 
     def finish(self, plan: DevicePlan) -> None:
         """Header and checksum of the filled blocks, after every layer.
@@ -103,7 +96,7 @@ class StepKernels:
         Waits for the device. Raises CodecError if K or V of one held a NaN or an infinity; such a
         block has no header, the others are complete.
         """
-        if not len(plan.host.filled):
+        if plan.host is None or not plan.grid.filled:
             return
         self._tools.finish(self._memory.blocks, plan)
         bad = np.flatnonzero(self._device.get(plan.bad))
@@ -117,7 +110,7 @@ class StepKernels:
     ) -> None:  # fmt: skip
         query_heads = int(qkv[0].shape[1])
         group = query_heads // self._layout.num_kv_heads
-        peaks, outs = self._parts(plan, query_heads)
+        peaks, outs = self._parts(plan.grid, query_heads)
         rest = (plan.token_part, peaks, outs)
         for tiles, count, prefill in (
             (plan.decode, plan.num_decode, False),
@@ -138,54 +131,48 @@ class StepKernels:
         at, count, prefill = tiles
         q, group = query
         number = len(at)
-        words = self._array("queries", number * heads * shape.query_words, np.uint32)
-        meta = self._array("meta", number * heads * ROWS * 4, np.float32)
+        words, meta = self._queries(number, shape.query_words)
         args = (
             plan.row_start, plan.start, at, count, np.int32(group), np.int32(heads), q,
             self._memory.centers[layer], np.float32(self._scale(rule)), words, meta,
         )  # fmt: skip
-        shared = 4 * 2 * layout.head_dim * _FLOAT
-        self._device.launch(unit, "prepare_queries", (number, heads, 1), 128, shared, args)
+        self._launch(unit, "prepare_queries", (number, heads, 1), args)
         limits = self._splitting
         args = (
             self._memory.blocks, *self._offsets(layer), plan.row_start, plan.start, plan.tables,
-            np.int32(plan.host.tables.shape[1]), at, count, np.int32(group), np.int32(heads), words,
+            np.int32(plan.grid.table_width), at, count, np.int32(group), np.int32(heads), words,
             meta, np.float32(rule.cap), np.int32(rule.window), np.int32(limits.most),
             np.int32(limits.least), *parts,
         )  # fmt: skip
         wide = heads * value_parts(layout.head_dim)
         if prefill:
-            grid, warps, shared = (
-                (number // PREFILL_WARPS, wide, 1),
-                PREFILL_WARPS,
-                shape.prefill_bytes,
-            )
+            self._launch(unit, "attend_prefill", (number // PREFILL_WARPS, wide, 1), args)
         else:
-            warps = shape.decode_warps
-            grid, shared = (number, wide, -(-limits.most // warps)), 2 * warps * shape.ring_bytes
-        name = "attend_prefill" if prefill else "attend_decode"
-        self._device.launch(unit, name, grid, warps * 32, shared, args)
+            depth = -(-limits.most // shape.decode_warps)
+            self._launch(unit, "attend_decode", (number, wide, depth), args)
 
     def _finish_rows(
         self, plan: DevicePlan, layer: int, qkv: tuple[Any, Any, Any], outs: tuple[Any, Any],
         rule: Rule, parts: tuple[Any, Any, Any],
     ) -> None:  # fmt: skip
         layout, limits = self._layout, self._splitting
-        tokens, query_heads = int(plan.host.row_start[-1]), int(qkv[0].shape[1])
+        tokens, query_heads = plan.grid.tokens, int(qkv[0].shape[1])
         args = (
             plan.row_start, plan.start, plan.slot, plan.tables,
-            np.int32(plan.host.tables.shape[1]), plan.token_segment, plan.num_tokens, *qkv,
+            np.int32(plan.grid.table_width), plan.token_segment, plan.num_tokens, *qkv,
             self._memory.tails, np.int32(layer), np.int32(layout.num_layers),
             np.int32(query_heads // layout.num_kv_heads), np.int32(layout.num_kv_heads),
             self._memory.centers[layer], np.float32(self._scale(rule)), np.float32(rule.cap),
             np.int32(rule.window), np.int32(limits.most), np.int32(limits.least), rule.sinks,
             *parts, *outs,
         )  # fmt: skip
-        shared = (2 * layout.head_dim + 2 * BLOCK_SIZE) * _FLOAT
-        self._device.launch(
-            self._unit("attend", layer), "finish_rows", (tokens, query_heads, 1), _FINISH_THREADS,
-            shared, args,
-        )  # fmt: skip
+        grid = (tokens, query_heads, 1)
+        self._launch(self._unit("attend", layer), "finish_rows", grid, args)
+
+    def _launch(
+        self, unit: Unit, kernel: str, grid: tuple[int, int, int], args: tuple[Any, ...]
+    ) -> None:
+        self._device.launch(unit, kernel, grid, *block_shape(unit, kernel), args)
 
     def _scale(self, rule: Rule) -> float:
         return rule.scale or self._layout.head_dim**-0.5
@@ -199,8 +186,20 @@ class StepKernels:
         starts = (at.key_codes, at.value_codes, at.key_scales, at.value_scales)
         return tuple(np.int64(value) for value in (self._layout.block_bytes, *starts))
 
-    def _parts(self, plan: DevicePlan, query_heads: int) -> tuple[Any, Any]:
-        number = plan.host.num_parts * query_heads
+    def reserve(self, grid: Grid, query_heads: int) -> None:
+        """Scratch memory for any step within `grid`, so that captured addresses stay."""
+        for layer in range(self._layout.num_layers):
+            words = attend_shape(self._unit("attend", layer)).query_words
+            self._queries(max(grid.decode, grid.prefill), words)
+        self._parts(grid, query_heads)
+
+    def _queries(self, tiles: int, words: int) -> tuple[Any, Any]:
+        number = tiles * self._layout.num_kv_heads
+        queries = self._array("queries", number * words, np.uint32)
+        return queries, self._array("meta", number * ROWS * 4, np.float32)
+
+    def _parts(self, grid: Grid, query_heads: int) -> tuple[Any, Any]:
+        number = grid.num_parts * query_heads
         halves = value_parts(self._layout.head_dim)
         peaks = self._array("peaks", number * halves * 2, np.float32)
         return peaks, self._array("outs", number * self._layout.head_dim, np.float32)

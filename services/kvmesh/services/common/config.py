@@ -43,6 +43,7 @@ class SecurityConfig(Section):
     key: Path | None = None
     ca: Path | None = None
     token_file: Path | None = None  # KVMESH_TOKEN in the environment wins
+    keys_file: Path | None = None  # API keys of tenants; see common.api_keys
 
 
 class RouterConfig(Section):
@@ -67,6 +68,8 @@ class TokenizerConfig(Section):
 class KvCacheConfig(Section):
     shards: Annotated[int, Field(ge=0)] = 2
     max_bytes: Annotated[int, Field(ge=1 << 20)] = 256 << 20  # per shard
+    backend: Literal["cpu", "cuda"] = "cpu"  # cuda: in the GPU's memory, what is over in main
+    device_bytes: Annotated[int, Field(ge=1 << 20)] | None = None  # of max_bytes; none: all
     replicas: Annotated[int, Field(ge=1)] = 1
 
 
@@ -74,6 +77,7 @@ class WorkerConfig(Section):
     role: Role = "both"
     count: Annotated[int, Field(ge=1)] = 1
     backend: str = "cpu"
+    price_usd_per_hour: Annotated[float, Field(ge=0)] | None = None  # of one device; none: its own
     port: Port = 0
     blocks: Annotated[int, Field(ge=1)] | None = None  # none: half of the free memory, bounded
     slots: Annotated[int, Field(ge=1)] = 64  # sequences that run at once
@@ -85,10 +89,12 @@ class WorkerConfig(Section):
 
 
 class GatewayConfig(Section):
-    """The HTTP edge."""
+    """The edges: OpenAI's API over HTTP, and the Open Inference Protocol over gRPC."""
 
     enabled: bool = True
     port: Port | None = None  # none: 8080, or any free one if that is taken
+    oip: bool = True
+    oip_port: Port | None = None  # none: 8001, or any free one if that is taken
     max_body_bytes: Annotated[int, Field(ge=1 << 10, le=7 << 20)] = 4 << 20
     max_head_bytes: Annotated[int, Field(ge=1 << 10)] = 64 << 10  # request line and headers
     max_connections: Annotated[int, Field(ge=1)] = 1024

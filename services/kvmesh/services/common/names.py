@@ -41,11 +41,14 @@ TIME_TO_FIRST = "gen_ai.response.time_to_first_chunk"  # seconds
 
 CHOICES = "gen_ai.request.choice.count"
 
-# http and error attributes, of the edge's spans
+# http, rpc and error attributes, of the edges' spans
 HTTP_METHOD = "http.request.method"
 HTTP_ROUTE = "http.route"
 HTTP_STATUS = "http.response.status_code"
 ERROR_TYPE = "error.type"
+RPC_SYSTEM = "rpc.system"
+RPC_SERVICE = "rpc.service"
+RPC_METHOD = "rpc.method"
 
 # ours
 CLOCK = "kvmesh.clock"  # measured or simulated
@@ -71,4 +74,9 @@ LONGEST_STEP = "kvmesh.decode.longest_s"  # longest wait for one token since the
 DROPPED = "kvmesh.spans.dropped"
 COST_USD = "kvmesh.cost.usd"
 COST_DEVICE = "kvmesh.cost.device_s"
+COST_KIND = "kvmesh.cost.kind"  # measured, simulated, or mixed: then there are no sums
+COST_PRICE = "kvmesh.cost.price_usd_h"  # of one device
+COST_DEVICES = "kvmesh.cost.devices"  # JSON: each stay on a worker
+SIMULATED_FIRST = "kvmesh.simulated.ttft_s"
+SIMULATED_DURATION = "kvmesh.simulated.duration_s"
 COST_SPLIT = tuple(f"kvmesh.cost.{part}_usd" for part in ("queue", "prefill", "decode", "kv"))

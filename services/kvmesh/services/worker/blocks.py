@@ -70,23 +70,30 @@ class BlockCache:
         """
         if count > self.available:
             raise ValueError(f"{count} blocks wanted, {self.available} available")
-        ids = []
-        for _ in range(count):
-            if not self._free:
-                evicted, _ = self._unused.popitem(last=False)
-                self._forget_key(evicted)
-                self._free.append(evicted)
-            block = self._free.pop()
+        kept = max(0, len(self._free) - count)
+        ids = self._free[kept:]
+        ids.reverse()
+        del self._free[kept:]
+        while len(ids) < count:
+            evicted, _ = self._unused.popitem(last=False)
+            self._forget_key(evicted)
+            ids.append(evicted)
+        for block in ids:
             self._references[block] = 1
-            ids.append(block)
         return ids
 
     def seal(self, block: int, key: bytes) -> None:
         """Makes a sealed block known. A second block with the same key stays private."""
-        if key not in self._id_of and block not in self._key_of:
-            self._id_of[key] = block
-            self._key_of[block] = key
-            self._note(key, was_held=False)
+        self.seal_all((block,), (key,))
+
+    def seal_all(self, blocks: Sequence[int], keys: Sequence[bytes]) -> None:
+        """`seal` for each pair."""
+        id_of, key_of, note = self._id_of, self._key_of, self._changes.setdefault
+        for block, key in zip(blocks, keys, strict=True):
+            if key not in id_of and block not in key_of:
+                id_of[key] = block
+                key_of[block] = key
+                note(key, False)
 
     def release(self, ids: Sequence[int]) -> None:
         """One reference less to each; `ids` in the order of their sequence."""

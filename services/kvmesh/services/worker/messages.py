@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 from kvmesh.backends.base import ModelSpec
 from kvmesh.kernels.layout import BLOCK_SIZE, KvLayout
+from kvmesh.services.common.addresses import is_address
 from kvmesh.services.common.errors import InvalidRequest, MeshError, status_number
 from kvmesh.services.common.sampling import check_sampling
 from kvmesh.services.kvcache.keys import root_key
 from kvmesh.services.worker.engine import Load
 from kvmesh.services.worker.sampler import Logprob
-from kvmesh.services.worker.sequence import Finish, Update, Work
+from kvmesh.services.worker.sequence import Finish, Sequence, Update, Work
 from kvmesh.v1 import common_pb2, inference_pb2, worker_pb2
 
 MAX_REQUEST_ID_BYTES = 128
@@ -54,6 +55,7 @@ def to_work(submit: worker_pb2.Submit, spec: ModelSpec, receipt: Receipt) -> Wor
     largest = max(submit.token_ids)
     if largest >= spec.vocab_size:
         raise InvalidRequest(f"token id {largest} is outside the vocabulary of {spec.vocab_size}")
+    _check_addresses(submit)
     layout = spec.layout
     return Work(
         ticket=receipt.ticket,
@@ -71,6 +73,13 @@ def to_work(submit: worker_pb2.Submit, spec: ModelSpec, receipt: Receipt) -> Wor
     )
 
 
+def _check_addresses(submit: worker_pb2.Submit) -> None:
+    given = (*submit.shard_addresses, *([submit.tail_address] if submit.tail_address else []))
+    for address in given:
+        if not is_address(address):
+            raise InvalidRequest(f"address {address[:300]!r} must be host:port")
+
+
 def token_update(update: Update) -> worker_pb2.TokenUpdate:
     """A hand-over's end is not told here: it waits until its blocks have been put."""
     sequence = update.sequence
@@ -81,6 +90,7 @@ def token_update(update: Update) -> worker_pb2.TokenUpdate:
         logprobs=[_logprob(item) for item in update.logprobs],
         finish_reason=common_pb2.FinishReason.ValueType(finish or 0),
         error=request_error(update.error) if update.error is not None else None,
+        device=_device_seconds(sequence),
     )
     if update.first:
         times = sequence.timeline
@@ -90,6 +100,17 @@ def token_update(update: Update) -> worker_pb2.TokenUpdate:
         message.queue_s = first_step - times.received
         message.prefill_s = first_token - first_step
     return message
+
+
+def _device_seconds(sequence: Sequence) -> worker_pb2.DeviceSeconds:
+    use, simulated = sequence.use, sequence.simulated
+    return worker_pb2.DeviceSeconds(
+        queue_s=use.queue_s,
+        prefill_s=use.prefill_s,
+        decode_s=use.decode_s,
+        kv_s=use.kv_s,
+        simulated_s=simulated.elapsed_s if simulated is not None else 0.0,
+    )
 
 
 def end_update(

@@ -5,6 +5,7 @@ computed |■■■■■■■■■■■■■■■■■■■■■■■�
          |  sealed blocks        |   slot    |   before the next one is to be chosen
 """
 
+from collections.abc import Sequence as Listed
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum, auto
 
@@ -16,9 +17,9 @@ from kvmesh.services.common.errors import InvalidRequest, MeshError
 from kvmesh.services.common.sampling import SamplingSettings
 from kvmesh.services.kvcache.keys import block_keys, child_key
 from kvmesh.services.worker.constraint import OutputMatcher
+from kvmesh.services.worker.device_use import DeviceUse
 from kvmesh.services.worker.sampler import Choice, Logprob, TokenHistory
-
-MAX_MARKS = 32  # sampled times of a decode, for its span
+from kvmesh.services.worker.timeline import SimulatedTimes, Timeline
 
 
 class State(Enum):
@@ -55,11 +56,12 @@ class Work:
     tail_address: the worker that keeps its unfinished block; empty: none does.
     trace: W3C context of its span.
     matcher: what the settings' constraint allows after the output so far; its sequence owns it.
+    keys: of the first full blocks, where the submitter has worked them out; the rest are here.
     """
 
     ticket: int
     request_id: str
-    token_ids: tuple[int, ...]
+    token_ids: Listed[int]
     num_prompt: int
     settings: SamplingSettings
     root: bytes
@@ -70,6 +72,7 @@ class Work:
     tail_address: str = ""
     trace: tuple[tuple[str, str], ...] = ()
     matcher: OutputMatcher | None = None
+    keys: tuple[bytes, ...] = ()
 
     @property
     def is_new(self) -> bool:
@@ -99,39 +102,7 @@ class Fetched:
     tail: Tail | None = None
 
 
-@dataclass(slots=True)
-class Timeline:
-    """When things happened, on the scheduler's clock; None: not yet.
-
-    marks: (time, output tokens so far, longest wait for one token since the mark before in
-        seconds), at most 32, evenly thinned out: a stall shows, however long the output.
-    """
-
-    received: float
-    admitted: float | None = None
-    first_step: float | None = None
-    first_token: float | None = None
-    ended: float | None = None
-    marks: list[tuple[float, int, float]] = field(default_factory=list)
-    mark_every: int = 1
-    last_token: float | None = None
-    longest_s: float = 0.0
-
-    def mark(self, now: float, count: int) -> None:
-        if self.last_token is not None:
-            self.longest_s = max(self.longest_s, now - self.last_token)
-        self.last_token = now
-        if count % self.mark_every:
-            return
-        self.marks.append((now, count, self.longest_s))
-        self.longest_s = 0.0
-        if len(self.marks) == MAX_MARKS:
-            pairs = zip(self.marks[::2], self.marks[1::2], strict=True)
-            self.marks = [(at, n, max(longest, gone[2])) for gone, (at, n, longest) in pairs]
-            self.mark_every *= 2
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for every token, and that takes a third
 class Update:
     """What one step brought to one sequence.
 
@@ -151,11 +122,13 @@ class Sequence:
 
     order: rank of arrival; it never changes. blocks: pool ids, in order, held by this sequence.
     computed: tokens whose K and V exist. generated: tokens that came out of this process.
+    capacity: tokens, prompt and output together, at which it ends.
     """
 
     def __init__(self, order: int, work: Work, capacity: int, now: float) -> None:
         self.order = order
         self.work = work
+        self.capacity = capacity
         self.state = State.WAITING
         self.timeline = Timeline(now)
         self.length = len(work.token_ids)
@@ -170,6 +143,8 @@ class Sequence:
         self.decode_seal_s = 0.0  # and after it
         self.next_export = 0  # blocks before this index have been offered to the shards
         self.fetched: Fetched | None = None
+        self.use = DeviceUse()
+        self.simulated: SimulatedTimes | None = None  # on a simulated device
         self.finish: Finish | None = None
         self.history: TokenHistory | None = None
         if work.settings.penalizes:
@@ -178,10 +153,18 @@ class Sequence:
         self._tokens = np.zeros(capacity, np.int64)
         self._tokens[: self.length] = work.token_ids
         self._table = np.zeros(-(-capacity // BLOCK_SIZE), np.int32)
-        self._keys = block_keys(work.root, work.token_ids, BLOCK_SIZE)
+        self._keys = list(work.keys) or block_keys(work.root, work.token_ids, BLOCK_SIZE)
         ends = () if work.settings.ignore_eos else work.eos_token_ids
         self._end_ids = work.settings.stop_token_ids.union(ends)
         self._banned = tuple(sorted(self._end_ids))
+        # Whether nothing but its length can end it, and no token changes how the next is chosen.
+        bound = self.history or work.matcher or work.prefill_only
+        self._plain = not bound and not self._end_ids
+
+    @property
+    def waiting_since(self) -> float:
+        """See device_use.Metered."""
+        return self.timeline.received
 
     @property
     def num_output(self) -> int:
@@ -210,13 +193,19 @@ class Sequence:
             raise ValueError(f"{self.work.request_id} holds no slot")
         return self.slot
 
+    def keys(self, start: int, stop: int) -> Listed[bytes]:
+        """The keys of blocks [start, stop), whose tokens are all known."""
+        if stop > len(self._keys):
+            self.key(stop - 1)
+        return self._keys[start:stop]
+
     def key(self, index: int) -> bytes:
         """The key of block `index`, whose tokens are all known."""
         while len(self._keys) <= index:
             place = len(self._keys)
             parent = self._keys[-1] if self._keys else self.work.root
             ids = self._tokens[place * BLOCK_SIZE : (place + 1) * BLOCK_SIZE]
-            self._keys.append(child_key(parent, ids.tolist()))
+            self._keys.append(child_key(parent, ids))
         return self._keys[index]
 
     def parent_key(self, index: int) -> bytes:
@@ -233,9 +222,9 @@ class Sequence:
         """The pool ids as an array; entries after len(blocks) mean nothing."""
         return self._table
 
-    def note_seal(self, seconds: float) -> None:
-        """A block was filled; `seconds` is its part of the step's sealing."""
-        self.sealed_here += 1
+    def note_seals(self, count: int, seconds: float) -> None:
+        """So many blocks were filled; `seconds` is their part of the step's sealing."""
+        self.sealed_here += count
         if self.generated:
             self.decode_seal_s += seconds
         else:
@@ -261,11 +250,8 @@ class Sequence:
             return InvalidRequest(f"the constraint of {name} cannot go on: {matcher.error}")
         return MeshError(f"the model's logits for {name} are not finite, or all are ruled out")
 
-    def append(self, token: int, limit: int) -> Finish | None:
-        """Takes the token that was chosen; why the sequence ends with it, if it does.
-
-        limit: most tokens that a sequence may have.
-        """
+    def append(self, token: int) -> Finish | None:
+        """Takes the token that was chosen; why the sequence ends with it, if it does."""
         self._tokens[self.length] = token
         self.length += 1
         self.generated += 1
@@ -276,10 +262,32 @@ class Sequence:
             matcher.advance(token)
         if token in self._end_ids or (matcher is not None and matcher.done):
             return Finish.STOP
-        most = self.work.settings.max_tokens
-        if (most is not None and self.num_output >= most) or self.length >= limit:
+        if self.length >= self.capacity:
             return Finish.LENGTH
         return Finish.HANDOVER if self.work.prefill_only else None
+
+    def extend(self, tokens: Listed[int]) -> Finish | None:
+        """`append` for each token in turn.
+
+        Raises ValueError, and has taken the tokens up to there, if one before the last ends it.
+        """
+        end = self.length + len(tokens)
+        if self._plain and end <= self.capacity:  # only the last of them can end it
+            self._tokens[self.length : end] = tokens
+            self.generated += len(tokens)
+            self.length = end
+            return Finish.LENGTH if end == self.capacity else None
+        finish = None
+        for token in tokens:
+            if finish is not None:
+                raise ValueError(f"{self.work.request_id} ended as {finish.name} before token")
+            finish = self.append(token)
+        return finish
+
+    @property
+    def tokens_left(self) -> int:
+        """Output tokens until it ends for its length, if nothing ends it before."""
+        return 1 if self.work.prefill_only else self.capacity - self.length
 
     def end(self, finish: Finish, now: float) -> None:
         """The one way into the terminal state. Raises ValueError the second time."""
