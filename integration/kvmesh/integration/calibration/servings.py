@@ -10,6 +10,7 @@ from kvmesh.backends.architectures import load_shape
 from kvmesh.backends.cost.parallel import Formats, Options, Parallel
 from kvmesh.backends.cost.step import StepCost
 from kvmesh.backends.devices import load_device
+from kvmesh.integration.planning.evaluate import mean_accepted
 from kvmesh.integration.planning.lengths import Lengths
 from kvmesh.integration.planning.steady import Limits, SteadyState, Traffic
 from kvmesh.integration.planning.traffic import Workload, load_workload
@@ -45,9 +46,9 @@ def rows_of(kind: str) -> list[Row]:
     return [{**tables["default"], **row} for row in tables.get(kind, [])]
 
 
-def step_cost(row: Row, prefix: str = "", drafts: int = 0) -> StepCost:
-    """Of a row's instance; prefix: of the fields of one pool."""
-    degrees = {name: row.get(prefix + name, 1) for name in ("tensor", "data", "expert", "pipeline")}
+def step_cost(row: Row, drafts: int = 0) -> StepCost:
+    """Of a row's instance."""
+    degrees = {name: row.get(name, 1) for name in ("tensor", "data", "expert", "pipeline")}
     return StepCost(
         load_device(row["device"]),
         load_shape(row.get("model") or workload_of(row).model or ""),
@@ -83,6 +84,23 @@ def offline_rows() -> Iterator[Serving]:
         yield figure(row, "tok/s/GPU", row["published"], tokens_s / cost.parallel.devices)
 
 
+def server_rows() -> Iterator[Serving]:
+    """C5 to C7: throughput and mean TPOT at the rate of the run."""
+    for row in rows_of("server"):
+        workload, drafts = workload_of(row), row.get("drafts", 0)
+        # Where prompts have devices of their own, decoding workers compute none.
+        traffic = Traffic(workload.input, workload.output, 1.0 if "prefill" in row else 0.0)
+        limits = Limits(row["sequences"], row["step_tokens"], mean_accepted(drafts))
+        cost, instances = step_cost(row, drafts), row["instances"]
+        state = SteadyState(cost, traffic, limits)
+        rate = row["requests_s"] / instances
+        steady, tokens_s = state.loadgen(rate, row["samples"] / instances)
+        devices = row.get("devices", instances * cost.parallel.devices)
+        per_device = tokens_s * instances / devices
+        yield figure(row, "tok/s/GPU", row["tokens_s"], per_device)
+        yield figure(row, "ms TPOT, mean", row["tpot_ms"], steady.tpot_s * 1e3)
+
+
 def figure(
     row: Row, unit: str, published: float, predicted: float, tolerance: float | None = None
 ) -> Serving:
@@ -103,3 +121,4 @@ def figure(
 def servings() -> Iterator[Serving]:
     """All of servings.toml."""
     yield from offline_rows()
+    yield from server_rows()
