@@ -26,7 +26,7 @@ SHARD = ShardRow("kvcache-0", "serving", 7, 1 << 20, 4 << 20, 0.5, 2048.0, 0.0, 
 VIEW = MeshView(
     uptime_s=3725.0, window_s=60.0, rate_s=5.0, requests_active=7, requests_total=100,
     rejected_total=1, migrations_total=0, waiting=2, requests_per_s=2.5, output_tokens_per_s=123.4,
-    prefill_tokens_per_s=50.0, hit_rate=0.25, usd_per_million_tokens=None,
+    prefill_tokens_per_s=50.0, hit_rate=0.25,
     served=(Served("measured", Latency(0.0123, 0.5, 9), None),), workers=(WORKER,), shards=(SHARD,),
     unread=(),
 )  # fmt: skip
@@ -131,7 +131,8 @@ def test_cli_top_unknown_is_a_dash_and_no_zero():
     row = next(line for line in shown(VIEW, 80) if line.startswith("mesh"))
     assert row.split()[-1] == "-"  # no price
     assert row.split()[-4:-2] == ["-", "-"]  # nothing was measured per token
-    priced = shown(replace(VIEW, usd_per_million_tokens=0.1234), 80)
+    served = replace(VIEW.served[0], usd_per_million_tokens=0.1234)
+    priced = shown(replace(VIEW, served=(served,)), 80)
     assert next(line for line in priced if line.startswith("mesh")).endswith("0.1234")
 
 

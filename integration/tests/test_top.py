@@ -16,14 +16,15 @@ from kvmesh.integration.scrape import (
 )
 from kvmesh.integration.top import FIRST_TOKEN, PER_TOKEN, Look, mesh_view
 from kvmesh.services.common.metrics import Meters, Metric
+from kvmesh.services.router.bill import Bill
 from kvmesh.services.router.request_metrics import FIRST_TOKEN_S, RequestEnd, RequestMetrics
-from kvmesh.v1 import inference_pb2
+from kvmesh.v1 import inference_pb2, mesh_pb2, worker_pb2
 
 ROUTER = """\
 kvmesh_cache_query_tokens_total {query}
 kvmesh_cache_hit_tokens_total {hit}
 gen_ai_client_token_usage_sum{{gen_ai_token_type="input"}} {query}
-gen_ai_client_token_usage_sum{{gen_ai_token_type="output"}} {output}
+gen_ai_client_token_usage_sum{{gen_ai_token_type="output",kvmesh_clock="measured"}} {output}
 gen_ai_server_request_duration_seconds_count {count}
 gen_ai_server_time_to_first_token_seconds_count{{kvmesh_clock="measured"}} {count}
 gen_ai_server_time_to_first_token_seconds_bucket{{kvmesh_clock="measured",le="0.1"}} {fast}
@@ -84,8 +85,8 @@ def test_top_shows_what_came_between_two_looks():
     assert view.requests_per_s == 1.0
     assert view.output_tokens_per_s == 50.0
     assert view.hit_rate == 0.75
-    assert view.usd_per_million_tokens is None
     (served,) = view.served
+    assert served.usd_per_million_tokens is None
     # All ten of the window were below 0.1 s, though those before it were not.
     assert served.ttft is not None
     assert (served.ttft.p50_s, served.ttft.count) == (pytest.approx(0.05), 10)
@@ -110,9 +111,11 @@ def test_top_without_an_earlier_look_is_since_the_start():
 
 def test_top_price_of_a_million_tokens():
     priced = parse(ROUTER.format(query=1, hit=0, output=2000, count=1, fast=1))
-    cost = {**priced.values, "kvmesh_cost_total": [({}, 0.004)]}
+    dollars = [({"kvmesh_clock": "measured"}, 0.004), ({"kvmesh_clock": "simulated"}, 9.0)]
+    cost = {**priced.values, "kvmesh_cost_total": dollars}
     view = mesh_view(Look(1.0, status(1.0), {"router": Samples(cost)}))
-    assert view.usd_per_million_tokens == pytest.approx(2.0)
+    (served,) = view.served
+    assert served.usd_per_million_tokens == pytest.approx(2.0)  # the other clock's do not count
 
 
 def test_top_of_a_mesh_whose_metrics_cannot_be_read_knows_what_the_router_says():
@@ -167,12 +170,19 @@ async def test_top_reads_what_the_router_records():
     meters = Meters("router", "router")
     try:
         requests = RequestMetrics(meters)
-        usage = inference_pb2.Usage(
-            prompt_tokens=8, completion_tokens=11, ttft_s=0.02, duration_s=0.12
-        )
         for simulated in (False, True):
-            requests.ended(RequestEnd("chat", "mini", simulated, usage, 0.12, ""))
-        meters.counters([Metric("kvmesh.cost", "{USD}", "x", lambda: 0.001)])
+            usage = inference_pb2.Usage(
+                prompt_tokens=8, completion_tokens=11, ttft_s=0.02, duration_s=0.12,
+                simulated_ttft_s=0.02, simulated_duration_s=0.12,
+            )  # fmt: skip
+            bill = Bill()
+            bill.arrive(mesh_pb2.Member(simulated=simulated, devices=2, price_usd_h=1.8))
+            bill.note(worker_pb2.DeviceSeconds(decode_s=1.0, simulated_s=0.12))
+            bill.fill(usage)
+            requests.ended(RequestEnd("chat", "mini", usage, 0.12, ""))
+        costs = requests.counts.cost_usd
+        points = [(value, {"kvmesh.clock": clock}) for clock, value in costs.items()]
+        meters.counters([Metric("kvmesh.cost", "{USD}", "x", lambda: points)])
         found = await scrape({"router": meters.serve(0), "gone": "127.0.0.1:1"})
     finally:
         meters.close()
@@ -190,5 +200,6 @@ async def test_top_reads_what_the_router_records():
         assert 0.015 <= served.ttft.p50_s <= 0.02
         assert 0.008 <= served.tpot.p50_s <= 0.01
     assert view.requests_per_s == pytest.approx(0.2)
-    assert view.usd_per_million_tokens == pytest.approx(0.001 / 22 * 1e6)
+    for served in view.served:
+        assert served.usd_per_million_tokens == pytest.approx(0.001 / 11 * 1e6)
     assert found["router"].buckets(FIRST_TOKEN)[float("inf")] == 2.0

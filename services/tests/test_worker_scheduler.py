@@ -19,16 +19,15 @@ from kvmesh.services.worker.limits import Limits, Planned
 from kvmesh.services.worker.sampler import sample
 from kvmesh.services.worker.scheduler import Scheduler
 from kvmesh.services.worker.sequence import (
-    MAX_MARKS,
     Fetched,
     Finish,
     Sequence,
     State,
     Tail,
-    Timeline,
     Update,
     Work,
 )
+from kvmesh.services.worker.timeline import MAX_MARKS, Timeline
 
 ROOT = root_key(LAYOUT.fingerprint, LAYOUT.codec, BLOCK_SIZE, "")
 

@@ -18,7 +18,11 @@ from kvmesh.kernels.layout import KvLayout
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """One device as the mesh sees it. Zero means: not known."""
+    """One device as the mesh sees it, or `count` that act as one. Zero means: not known.
+
+    price_per_hour: US dollars of one of the `count`; price_source: where that is from. All other
+    figures are of all of them together.
+    """
 
     name: str
     kind: Literal["measured", "simulated"]
@@ -27,7 +31,9 @@ class DeviceInfo:
     bandwidth_bytes_s: float = 0.0
     peak_flops: tuple[tuple[str, float], ...] = ()  # (dtype, FLOP/s)
     power_w: float = 0.0
-    price_per_hour: float = 0.0  # US dollars
+    price_per_hour: float = 0.0
+    price_source: str = ""
+    count: int = 1
 
     @property
     def simulated(self) -> bool:
@@ -67,12 +73,14 @@ class StepTimes:
     """Where the time of one step went. Measured, but for what is named simulated.
 
     simulated_s: what the step would have taken on the device that is simulated; None if none is.
+    simulated_idle_s: of that, the gap in which the device waits for its host.
     """
 
     total_s: float = 0.0
     seal_s: float = 0.0  # compressing and checksumming the blocks that filled
     sealed_blocks: int = 0
     simulated_s: float | None = None
+    simulated_idle_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

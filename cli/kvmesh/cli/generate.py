@@ -55,6 +55,24 @@ def tokens_per_s(usage: "inference_pb2.Usage") -> float:
     return (usage.completion_tokens - 1) / seconds if seconds > 0 else 0.0
 
 
+def cost_parts(usage: "inference_pb2.Usage") -> list[str]:
+    """What the request took of devices, with the clock and the price that it rests on."""
+    if usage.cost_kind == "simulated":
+        ttft = milliseconds(usage.simulated_ttft_s)
+        total = milliseconds(usage.simulated_duration_s)
+        clocks = [f"simulated TTFT {ttft} and duration {total}"]
+    else:
+        clocks = []
+    if usage.cost_kind not in ("measured", "simulated"):
+        return ["device time both measured and simulated"] if usage.cost_kind else []
+    used = f"{usage.device_s:.3g} device seconds"
+    if usage.HasField("cost_split"):
+        prices = sorted({stay.price_usd_h for stay in usage.devices})
+        told = ", ".join(f"{price:g}" for price in prices)
+        used += f" = ${usage.cost_usd:.3g} at ${told}/h"
+    return [*clocks, f"{used} ({usage.cost_kind})"]
+
+
 def stats_line(answer: "Answer") -> str:
     usage = answer.usage
     if usage is None:
@@ -66,6 +84,7 @@ def stats_line(answer: "Answer") -> str:
         f"{usage.cached_tokens} of {usage.prompt_tokens} prompt tokens cached",
         " -> ".join(name for name in (usage.prefill_worker, usage.decode_worker) if name),
         f"{usage.migrations} migrations" if usage.migrations else "",
+        *cost_parts(usage),
         f"seed {usage.seed}",
         f"trace {answer.trace_id}",
     ]

@@ -53,20 +53,21 @@ def _head(view: MeshView, width: int) -> RenderableType:
 
 
 def _summary(view: MeshView, width: int) -> RenderableType:
-    price = view.usd_per_million_tokens
     prefill = [">prefill/s"] if width >= NARROW else []
     columns = ["", ">req/s", ">tokens/s", *prefill, ">TTFT p50", ">p99", ">TPOT p50", ">p99"]
     table = _table([*columns, ">hits", ">$/Mtok"])
     speeds = [number(view.requests_per_s, 1), number(view.output_tokens_per_s)]
     speeds += [number(view.prefill_tokens_per_s)] if prefill else []
-    rest = [percent(view.hit_rate), f"{price:.4g}" if price is not None else UNKNOWN]
     for index, served in enumerate(view.served or (NOBODY_SERVED,)):
         measured = served.clock == "measured"
         name = Text("mesh" if measured else served.clock, "bold" if measured else "bold magenta")
         latencies = (*_latency(served.ttft), *_latency(served.tpot))
         # What is of the whole mesh stands in the first row only.
-        before, after = (speeds, rest) if index == 0 else ([""] * len(speeds), [""] * len(rest))
-        table.add_row(name, *before, *latencies, *after)
+        before = speeds if index == 0 else [""] * len(speeds)
+        hits = percent(view.hit_rate) if index == 0 else ""
+        price = served.usd_per_million_tokens
+        dollars = UNKNOWN if price is None else f"{price:.4g}"
+        table.add_row(name, *before, *latencies, hits, dollars)
     return table
 
 

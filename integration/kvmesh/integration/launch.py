@@ -322,7 +322,7 @@ async def running_mesh(
 
 def _security(config: MeshConfig) -> Security:
     files = config.security
-    security = load_security(files.cert, files.key, files.ca, files.token_file)
+    security = load_security(files.cert, files.key, files.ca, files.token_file, files.keys_file)
     check_binding(config.host, security)
     return security
 

@@ -102,7 +102,8 @@ def absolute_paths(config: MeshConfig) -> MeshConfig:
         return path.expanduser().absolute() if path is not None else None
 
     files = config.security
-    security = {key: absolute(getattr(files, key)) for key in ("cert", "key", "ca", "token_file")}
+    named = ("cert", "key", "ca", "token_file", "keys_file")
+    security = {key: absolute(getattr(files, key)) for key in named}
     model = {key: absolute(getattr(config.model, key)) for key in ("path", "codec_check")}
     return config.model_copy(
         update={

@@ -48,6 +48,7 @@ class Served:
     clock: str
     ttft: Latency | None
     tpot: Latency | None
+    usd_per_million_tokens: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +103,6 @@ class MeshView:
     output_tokens_per_s: float | None
     prefill_tokens_per_s: float | None
     hit_rate: float | None
-    usd_per_million_tokens: float | None
     served: tuple[Served, ...]
     workers: tuple[WorkerRow, ...]
     shards: tuple[ShardRow, ...]
@@ -172,7 +172,6 @@ def mesh_view(
             window.grown(ROUTER, "kvmesh_cache_hit_tokens_total"),
             window.grown(ROUTER, "kvmesh_cache_query_tokens_total"),
         ),
-        usd_per_million_tokens=_price(window),
         served=_served(window),
         workers=workers,
         shards=shards,
@@ -187,15 +186,16 @@ def _served(window: _Span) -> tuple[Served, ...]:
             clock,
             window.latency(FIRST_TOKEN, **{CLOCK: clock}),
             window.latency(PER_TOKEN, **{CLOCK: clock}),
+            _price(window, clock),
         )
         for clock in sorted(clocks)
     )
 
 
-def _price(window: _Span) -> float | None:
-    """Dollars for a million output tokens; None as long as no price is known."""
-    dollars = window.grown(ROUTER, "kvmesh_cost_total")
-    tokens = window.grown(ROUTER, USAGE_SUM, **{TOKEN_TYPE: "output"})
+def _price(window: _Span, clock: str) -> float | None:
+    """Dollars for a million output tokens of a clock; None as long as no price is known."""
+    dollars = window.grown(ROUTER, "kvmesh_cost_total", **{CLOCK: clock})
+    tokens = window.grown(ROUTER, USAGE_SUM, **{TOKEN_TYPE: "output", CLOCK: clock})
     share = _share(dollars, tokens)
     return share * 1e6 if share else None
 

@@ -30,6 +30,9 @@ from kvmesh.kernels.layout import BLOCK_SIZE, KvLayout
 
 Floats = npt.NDArray[np.float32]
 
+# A device of this backend is a core. The price is a plain one of large clouds, on demand.
+_CORE_USD_H = 0.04
+_CORE_SOURCE = "about a cloud's core on demand; price_usd_per_hour sets yours"
 _POOL_LIMIT_BYTES = 2 << 30
 _POOL_SEQUENCES = 64  # a pool need not hold more than this many of full length
 _WARM_UP_TOKENS = 128
@@ -69,6 +72,7 @@ class CpuModel:
             num_slots=options.num_slots,
         )
         self._centers = checkpoint.centers
+        self._threads = options.threads
         self._stages = StagePipeline(
             checkpoint, options.max_step_tokens, SessionOptions(options.threads, options.spin)
         )
@@ -93,6 +97,9 @@ class CpuModel:
             kind="measured",
             architecture=platform.machine(),
             memory_bytes=memory_bytes("MemTotal", 0),
+            price_per_hour=_CORE_USD_H,
+            price_source=_CORE_SOURCE,
+            count=self._threads,
         )
 
     @property

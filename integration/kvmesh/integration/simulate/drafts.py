@@ -31,15 +31,16 @@ class Drafts:
         computed, left: of each sequence, its computed tokens, and its output tokens until it ends.
         Stops with the step in which the first one ends.
         """
-        rows = []
+        drawn = self._rng.random((steps, len(computed)))
+        said = np.ones(drawn.shape, np.int64)
+        for chance in self._reach:
+            said += drawn < chance
         computed, left = computed.copy(), left.copy()
-        for _ in range(steps):
-            drawn = self._rng.random(len(computed))
-            said = 1 + (drawn[:, None] < self._reach).sum(axis=1)
-            said = np.minimum(np.minimum(said, left), BLOCK_SIZE - computed % BLOCK_SIZE)
-            rows.append(said)
-            computed += said
-            left -= said
+        for step, row in enumerate(said):
+            np.minimum(row, BLOCK_SIZE - computed % BLOCK_SIZE, out=row)
+            np.minimum(row, left, out=row)
+            computed += row
+            left -= row
             if not left.all():
-                break
-        return np.array(rows, np.int64)
+                return said[: step + 1]
+        return said

@@ -19,6 +19,7 @@ from kvmesh.services.worker.scheduler import Scheduler
 from kvmesh.services.worker.sequence import State
 
 MOST_STEPS = 256  # of a run
+LEAST_DRAWN = 8  # steps of a run with drafts
 HOLD_STEPS = 9  # most steps that prompts wait for those of other ranks
 
 
@@ -71,6 +72,7 @@ class Lane:
         self._drafts = drafts
         self._balance = balance and deployed.ranks > 1
         self._held = 0
+        self._lasted = 1  # steps of the last run
         self.ranks = [Scheduler(deployed.limits, PerfectPool()) for _ in range(deployed.ranks)]
         self.run: Run | None = None
 
@@ -87,8 +89,7 @@ class Lane:
         pairs = [(r, p) for r, p in zip(self.ranks, plans, strict=True) if p]
         for rank, plan in pairs:
             most = rank.repeats(plan, most, width) if most > 1 else 1
-        counts = [self._draw(plan, most) for plan in plans]
-        steps = min((len(each) for each in counts if each is not None), default=most)
+        counts, steps = self._draw(plans, most)
         self.run = self._timed(now, steps, plans, counts)
         self._held = self._held + steps if hold else 0
         return True
@@ -97,6 +98,7 @@ class Lane:
         """Takes the results of the run, which is over."""
         run, self.run = self.run, None
         assert run is not None
+        self._lasted = run.steps
         for rank, plan, counts in zip(self.ranks, run.plans, run.counts, strict=True):
             if not plan:
                 continue
@@ -120,14 +122,20 @@ class Lane:
             decoding += not all(prompts)
         return 0 < ready < len(self.ranks) and decoding > 0
 
-    def _draw(self, plan: list[Planned], steps: int) -> Counts | None:
-        decodes = [step.sequence for step in plan if _decodes(step)]
-        if self._drafts is None or not decodes:
-            return None
+    def _draw(self, plans: list[list[Planned]], steps: int) -> tuple[list[Counts | None], int]:
+        """What the sequences of each rank get from so many steps, or fewer if one ends before."""
+        decodes = [[step.sequence for step in plan if _decodes(step)] for plan in plans]
+        if self._drafts is None or not any(decodes):
+            return [None] * len(plans), steps
         limit = self._deployed.limits.max_tokens
-        computed = np.array([s.computed for s in decodes], np.int64)
-        left = np.array([s.tokens_left(limit) for s in decodes], np.int64)
-        return self._drafts.run(computed, left, steps)
+        computed = np.array([s.computed for each in decodes for s in each], np.int64)
+        left = np.array([s.tokens_left(limit) for each in decodes for s in each], np.int64)
+        # Runs are cut short by who comes: what is drawn beyond that is wasted work.
+        steps = min(steps, max(LEAST_DRAWN, 2 * self._lasted))
+        counts = self._drafts.run(computed, left, steps)
+        edges = np.cumsum([len(each) for each in decodes])[:-1]
+        parts = np.split(counts, edges, axis=1)
+        return [part if part.shape[1] else None for part in parts], len(counts)
 
     def _timed(
         self, now: float, steps: int, plans: list[list[Planned]], counts: list[Counts | None]

@@ -43,6 +43,7 @@ class SecurityConfig(Section):
     key: Path | None = None
     ca: Path | None = None
     token_file: Path | None = None  # KVMESH_TOKEN in the environment wins
+    keys_file: Path | None = None  # API keys of tenants; see common.api_keys
 
 
 class RouterConfig(Section):
@@ -74,6 +75,7 @@ class WorkerConfig(Section):
     role: Role = "both"
     count: Annotated[int, Field(ge=1)] = 1
     backend: str = "cpu"
+    price_usd_per_hour: Annotated[float, Field(ge=0)] | None = None  # of one device; none: its own
     port: Port = 0
     blocks: Annotated[int, Field(ge=1)] | None = None  # none: half of the free memory, bounded
     slots: Annotated[int, Field(ge=1)] = 64  # sequences that run at once

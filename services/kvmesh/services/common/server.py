@@ -17,10 +17,11 @@ from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
+from kvmesh.services.common.callers import Callers
 from kvmesh.services.common.client import MAX_MESSAGE_BYTES
 from kvmesh.services.common.errors import ConfigError
 from kvmesh.services.common.interceptors import MeshInterceptor
-from kvmesh.services.common.security import Security, TokenCheck, check_binding
+from kvmesh.services.common.security import Security, check_binding
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class Listener:
 
     names: full gRPC service names, for health and reflection.
     mutual: callers must show a certificate (with TLS); false for the public address.
+    callers: who may call; None: who has the mesh's token, if it has one.
     """
 
     host: str
@@ -85,6 +87,7 @@ class Listener:
     names: tuple[str, ...]
     mutual: bool = True
     max_message_bytes: int = MAX_MESSAGE_BYTES
+    callers: Callers | None = None
 
     def open(self, security: Security) -> "BoundServer":
         return BoundServer(self, security)
@@ -97,9 +100,9 @@ class BoundServer:
         check_binding(listener.host, security)
         self._listener = listener
         self._security = security
-        token = TokenCheck(security.token) if security.token else None
+        callers = listener.callers or Callers(security.token)
         self.server = grpc.aio.server(
-            interceptors=[MeshInterceptor(token)],
+            interceptors=[MeshInterceptor(callers)],
             options=(
                 ("grpc.max_receive_message_length", listener.max_message_bytes),
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

@@ -15,6 +15,7 @@ from kvmesh.services.gateway.vocabulary import Vocabulary
 from kvmesh.v1 import common_pb2, inference_pb2
 
 compact = partial(json.dumps, separators=(",", ":"))
+COST_PARTS = ("queue_usd", "prefill_usd", "decode_usd", "kv_usd")
 DONE = b"data: [DONE]\n\n"
 _FINISH: dict[int, str] = {
     common_pb2.FINISH_REASON_STOP: "stop",
@@ -210,4 +211,22 @@ def usage_of(usages: Sequence[inference_pb2.Usage], num_prompts: int) -> dict[st
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(u.cached_tokens for u in prompts)},
+        **_cost(usages),
     }
+
+
+def _cost(usages: Sequence[inference_pb2.Usage]) -> dict[str, Any]:
+    """What the choices took of devices; kvmesh's own fields. No sums over two kinds of clocks."""
+    kinds = {usage.cost_kind for usage in usages} - {""}
+    if not kinds:
+        return {}
+    kind = kinds.pop() if len(kinds) == 1 else "mixed"
+    if kind == "mixed":
+        return {"cost_kind": kind}
+    told: dict[str, Any] = {"cost_kind": kind, "device_s": sum(u.device_s for u in usages)}
+    if all(usage.HasField("cost_split") for usage in usages):
+        told["cost_usd"] = sum(usage.cost_usd for usage in usages)
+        told["cost_details"] = {
+            part: sum(getattr(usage.cost_split, part) for usage in usages) for part in COST_PARTS
+        }
+    return told

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import grpc
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from kvmesh.services.common.callers import load_callers
 from kvmesh.services.common.checkpoint import checkpoint_path
 from kvmesh.services.common.client import Link
 from kvmesh.services.common.errors import MeshError, Unavailable
@@ -14,7 +15,8 @@ from kvmesh.services.common.lease import MembershipLease
 from kvmesh.services.common.process import ProcessContext, listen_port
 from kvmesh.services.gateway.app import Edge, make_app
 from kvmesh.services.gateway.errors import from_mesh
-from kvmesh.services.gateway.transport import HttpListener
+from kvmesh.services.gateway.metrics import EdgeMetrics, show_edge
+from kvmesh.services.gateway.transport import Connections, HttpListener
 from kvmesh.services.gateway.vocabulary import Vocabulary, open_vocabulary
 from kvmesh.services.router.client import InferenceClient
 from kvmesh.v1 import inference_pb2, mesh_pb2
@@ -36,6 +38,7 @@ class Door:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.app is None:
             error = from_mesh(Unavailable("the mesh is still starting"))
+            error.headers["connection"] = "close"  # the body is not read
             await error.response()(scope, receive, send)
             return
         self.active += 1
@@ -51,6 +54,7 @@ class GatewayService:
     def __init__(self, context: ProcessContext) -> None:
         self._context = context
         self._door = Door()
+        self._connections = Connections()
         self._edge: Edge | None = None
         self._link: Link | None = None
         self._lease: MembershipLease | None = None
@@ -62,7 +66,11 @@ class GatewayService:
         files = config.security
         certificate = (str(files.cert), str(files.key)) if files.cert and files.key else None
         port = listen_port(config.gateway.port)
-        return (HttpListener(config.host, port, self._door, config.gateway, certificate),)
+        return (
+            HttpListener(
+                config.host, port, self._door, config.gateway, certificate, self._connections
+            ),
+        )
 
     def register(self, listeners: Sequence[grpc.aio.Server]) -> None:
         """There is no gRPC here."""
@@ -80,13 +88,16 @@ class GatewayService:
         self._link = Link(self._lease.inference_address, context.security)
         mesh = InferenceClient(self._link)
         found = await self._wait_model(mesh)
+        metrics = EdgeMetrics(context.meters)
+        show_edge(context.meters, metrics, lambda: self._connections.open)
         self._edge = Edge(
             mesh=mesh,
             vocabulary=self._vocabulary,
             telemetry=context.telemetry,
             config=context.config.gateway,
             peer=self._link.address,
-            token=context.security.token,
+            callers=load_callers(context.security.token, context.config.security, context.meters),
+            metrics=metrics,
             fingerprint=f"fp_{found.format.fingerprint.hex()[:12]}_{found.format.codec}",
         )
         self._door.app = make_app(self._edge)

@@ -7,19 +7,18 @@ caller has to hear goes through one queue.
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from opentelemetry.context import Context
 
-from kvmesh.services.common.errors import (
-    Expired,
-    MeshError,
-    Overloaded,
-    Unavailable,
-)
+from kvmesh.services.common.api_keys import Tenant
+from kvmesh.services.common.errors import Expired, MeshError, Overloaded, Unavailable
+from kvmesh.services.router.bill import Bill
 from kvmesh.services.router.core import Decision
 from kvmesh.services.router.cost import Candidate
 from kvmesh.services.router.leg import Leg, LegEnd, error_of
 from kvmesh.services.router.parts import RouterParts, prepare_request
+from kvmesh.services.router.place import Place
 from kvmesh.services.router.prepare import Prepared
 from kvmesh.services.router.request_metrics import RequestEnd
 from kvmesh.services.router.request_spans import RequestSpans
@@ -31,21 +30,28 @@ WORKER_WAIT_S = 30.0  # for a worker to come back, when a running request has lo
 _RETRY_ELSEWHERE = (Unavailable, Overloaded)
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request as it came. tenant: None for the operator's own. parent: the caller's trace."""
+
+    tenant: Tenant | None
+    request: inference_pb2.GenerateRequest
+    parent: Context
+
+
 class Generation:
     """One request from arrival to its end. `run` is called once."""
 
-    def __init__(
-        self,
-        parts: RouterParts,
-        request: inference_pb2.GenerateRequest,
-        timeout_s: float,
-        parent: Context,
-    ) -> None:
+    def __init__(self, parts: RouterParts, asked: Asked, timeout_s: float) -> None:
         self._parts = parts
-        self._request = request
+        self._tenant = asked.tenant
+        self._request = asked.request
         self._arrived = parts.clock()
         self._deadline = self._arrived + timeout_s
-        self._spans = RequestSpans(parts.telemetry, request, parent)
+        self._spans = RequestSpans(parts.telemetry, asked.request, asked.parent)
+        if asked.tenant is not None:
+            self._spans.of_tenant(asked.tenant.name)
+        self._place = Place(parts, asked.tenant)
         self._inbox: asyncio.Queue[Text | LegEnd | MeshError] = asyncio.Queue()
         self._output: list[int] = []
         self._logprobs: list[common_pb2.TokenLogprob] = []
@@ -54,6 +60,7 @@ class Generation:
         self._decode_worker = ""
         self._finish = common_pb2.FINISH_REASON_UNSPECIFIED
         self._usage = inference_pb2.Usage()
+        self._bill = Bill()
         self._reported = 0  # output tokens that the caller has been told of
         self._responses = 0
         self._excluded: frozenset[str] = frozenset()
@@ -62,7 +69,6 @@ class Generation:
     async def run(self) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """Ends after one response with finish_reason, or raises a MeshError; never both."""
         parts = self._parts
-        ticket = self._spans.trace_id
         timer = asyncio.get_running_loop().call_later(
             self._deadline - self._arrived, self._inbox.put_nowait, self._expired()
         )
@@ -71,8 +77,9 @@ class Generation:
         try:
             if parts.draining:
                 raise Unavailable("this router drains; send the request elsewhere")
-            parts.admission.enter(ticket, self._arrived)
+            self._place.take()
             prepared = await self._prepare()
+            self._place.hold(len(prepared.prompt) + prepared.max_tokens)
             self._begin(prepared)
             async with aclosing(self._respond(prepared)) as responses:  # type: ignore[type-var]
                 async for response in responses:
@@ -84,7 +91,8 @@ class Generation:
             raise
         finally:
             timer.cancel()
-            parts.admission.leave(ticket, parts.clock(), finished)
+            self._place.leave(self._used(), finished)
+            self._bill.fill(self._usage)
             parts.metrics.ended(self._end("" if finished else failure))
             self._release()
             self._spans.end(self._usage, self._finish)
@@ -95,6 +103,8 @@ class Generation:
         """New tokens of the present leg, or its end."""
         if leg is not self._leg or self._speech is None:
             return
+        if update.HasField("device"):
+            self._bill.note(update.device)
         if update.token_ids:
             if not leg.answered:
                 self._first_of(leg, update)
@@ -122,7 +132,9 @@ class Generation:
 
     async def _prepare(self) -> Prepared:
         with self._spans.tokenize() as span:
-            prepared = await prepare_request(self._parts, self._request, self._left_s())
+            prepared = await prepare_request(
+                self._parts, self._request, self._tenant, self._left_s()
+            )
             span.set_attribute("kvmesh.tokens", len(prepared.prompt))
         self._spans.prepared(prepared)
         self._model = prepared.model.name
@@ -172,6 +184,7 @@ class Generation:
             self._finish = common_pb2.FINISH_REASON_STOP if event.stopped else self._finish
             response.finish_reason = self._finish
             self._usage.completion_tokens = upto
+            self._bill.fill(self._usage)
             response.usage.CopyFrom(self._usage)
         self._spans.texts += 1
         if event.final or not self._responses:
@@ -285,6 +298,7 @@ class Generation:
         if not prefill_only:
             self._usage.decode_worker = worker
         link = self._parts.fleet.workers[worker]
+        self._bill.arrive(link.member)
         self._leg = Leg(self, link, self._parts.core.workers, prefill_only)
         self._leg.begin(submit, uncached)
 
@@ -294,18 +308,21 @@ class Generation:
         self._spans.first_token()
         if not self._output:
             self._usage.ttft_s = self._parts.clock() - self._arrived
+            self._usage.simulated_ttft_s = self._bill.simulated_s
             self._usage.cached_tokens = update.cached_tokens
 
     def _end(self, error: str) -> RequestEnd:
-        worker = self._parts.core.workers.get(self._usage.decode_worker)
         return RequestEnd(
             operation="chat" if self._request.HasField("chat") else "text_completion",
             model=self._model,
-            simulated=worker is not None and worker.member.simulated,
             usage=self._usage,
             duration_s=self._parts.clock() - self._arrived,
             error=error,
         )
+
+    def _used(self) -> int:
+        """Tokens that the tenant pays for: none if nothing came of them."""
+        return self._usage.prompt_tokens + len(self._output) if self._output else 0
 
     def _left_s(self) -> float:
         return max(0.001, self._deadline - self._parts.clock())

@@ -1,11 +1,12 @@
 """What the router records of each request, once, when it has ended."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from kvmesh.services.common import metric_names as metric
 from kvmesh.services.common import names
 from kvmesh.services.common.metrics import Meters
+from kvmesh.services.router.bill import MEASURED, SIMULATED, device_seconds, dollars, split_of
 from kvmesh.services.router.core import Decision
 from kvmesh.v1 import inference_pb2
 
@@ -29,12 +30,11 @@ class RequestEnd:
     """One request that is over.
 
     operation: chat or text_completion. model: the mesh's, empty if it was refused before one was
-    found. error: class of what ended it, empty if it finished.
+    found. error: class of what ended it, empty if it finished. duration_s: by the wall clock.
     """
 
     operation: str
     model: str
-    simulated: bool
     usage: inference_pb2.Usage
     duration_s: float
     error: str
@@ -47,8 +47,8 @@ class RouterCounts:
     decisions: Counter[tuple[str, str]] = field(default_factory=Counter)
     prompt_tokens: int = 0
     cached_tokens: int = 0
-    cost_usd: float = 0.0
-    device_s: float = 0.0
+    cost_usd: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # by clock
+    device_s: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
 class RequestMetrics:
@@ -83,21 +83,36 @@ class RequestMetrics:
             names.OPERATION: end.operation,
             names.PROVIDER: "kvmesh",
             names.REQUEST_MODEL: end.model,
-            names.CLOCK: "simulated" if end.simulated else "measured",
+            names.CLOCK: end.usage.cost_kind or MEASURED,
         }
+        self._bill(end.usage)
+        duration_s, first_s = _latencies(end)
         if end.error:
             labels[metric.ERROR_TYPE] = end.error
-            self._duration.record(end.duration_s, labels)
+            self._duration.record(duration_s, labels)
             return
         usage, counts = end.usage, self.counts
-        self._duration.record(end.duration_s, labels)
-        self._first.record(usage.ttft_s, labels)
+        self._duration.record(duration_s, labels)
+        self._first.record(first_s, labels)
         if usage.completion_tokens > 1:
-            after_first_s = usage.duration_s - usage.ttft_s
+            simulated = usage.cost_kind == SIMULATED
+            after_first_s = (duration_s if simulated else usage.duration_s) - first_s
             self._per_token.record(after_first_s / (usage.completion_tokens - 1), labels)
         self._tokens.record(usage.prompt_tokens, {**labels, metric.TOKEN_TYPE: "input"})
         self._tokens.record(usage.completion_tokens, {**labels, metric.TOKEN_TYPE: "output"})
         counts.prompt_tokens += usage.prompt_tokens
         counts.cached_tokens += usage.cached_tokens
-        counts.cost_usd += getattr(usage, "cost_usd", 0.0)
-        counts.device_s += getattr(usage, "device_s", 0.0)
+
+    def _bill(self, usage: inference_pb2.Usage) -> None:
+        """Of failed requests too: their device time is spent. Each stay counts by its own clock."""
+        for stay in usage.devices:
+            clock = SIMULATED if stay.simulated else MEASURED
+            self.counts.device_s[clock] += device_seconds(stay)
+            self.counts.cost_usd[clock] += dollars(split_of([stay]))
+
+
+def _latencies(end: RequestEnd) -> tuple[float, float]:
+    """(duration, TTFT) in seconds, by the clock that the request's labels name."""
+    if end.usage.cost_kind == SIMULATED:
+        return end.usage.simulated_duration_s, end.usage.simulated_ttft_s
+    return end.duration_s, end.usage.ttft_s

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from google.protobuf.json_format import MessageToDict
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.trace import Status, StatusCode
@@ -11,6 +12,7 @@ from opentelemetry.trace import Status, StatusCode
 from kvmesh.services.common import names
 from kvmesh.services.common.errors import MeshError
 from kvmesh.services.common.telemetry import Telemetry, context_of, inject, trace_id_of
+from kvmesh.services.router.bill import HOUR_S, MIXED, SIMULATED
 from kvmesh.services.router.core import Decision
 from kvmesh.services.router.cost import Candidate
 from kvmesh.services.router.prepare import Prepared
@@ -38,6 +40,9 @@ class RequestSpans:
         self.context = common_pb2.TraceContext(
             traceparent=carrier.get("traceparent", ""), tracestate=carrier.get("tracestate", "")
         )
+
+    def of_tenant(self, name: str) -> None:
+        self._root.set_attribute(names.TENANT, name)
 
     @contextmanager
     def tokenize(self) -> Iterator[trace.Span]:
@@ -110,6 +115,7 @@ class RequestSpans:
                 names.WORKER: usage.decode_worker,
             }
         )
+        self._root.set_attributes(_cost(usage))
         self._root.end()
 
     def _end_handover(self) -> None:
@@ -127,6 +133,32 @@ class RequestSpans:
             raise
         finally:
             span.end()
+
+
+def _cost(usage: inference_pb2.Usage) -> dict[str, str | float]:
+    """What the request took of devices. Without the sums if they would mix two clocks."""
+    if not usage.devices:
+        return {}
+    stays = [MessageToDict(stay, preserving_proto_field_name=True) for stay in usage.devices]
+    found: dict[str, str | float] = {
+        names.COST_KIND: usage.cost_kind,
+        names.COST_DEVICES: json.dumps(stays),
+    }
+    if usage.cost_kind == MIXED:
+        return found
+    found[names.COST_DEVICE] = usage.device_s
+    if usage.HasField("cost_split"):
+        split = usage.cost_split
+        parts = (split.queue_usd, split.prefill_usd, split.decode_usd, split.kv_usd)
+        found |= dict(zip(names.COST_SPLIT, parts, strict=True))
+        found[names.COST_USD] = usage.cost_usd
+        # Of workers with different prices: their mean, by device seconds.
+        seconds = usage.device_s
+        found[names.COST_PRICE] = usage.cost_usd / seconds * HOUR_S if seconds else 0.0
+    if usage.cost_kind == SIMULATED:
+        found[names.SIMULATED_FIRST] = usage.simulated_ttft_s
+        found[names.SIMULATED_DURATION] = usage.simulated_duration_s
+    return found
 
 
 def _brief(candidate: Candidate) -> dict[str, object]:

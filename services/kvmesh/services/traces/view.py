@@ -68,8 +68,8 @@ def _after_first(spans: Sequence[Span]) -> float | None:
     return sum(found) if found else None
 
 
-def _cost(spans: Sequence[Span]) -> dict[str, float]:
+def _cost(spans: Sequence[Span]) -> dict[str, float | str]:
     """What the root says that it cost; empty if it says nothing."""
-    keys = (names.COST_USD, names.COST_DEVICE, *names.COST_SPLIT)
+    keys = (names.COST_USD, names.COST_DEVICE, *names.COST_SPLIT, names.COST_PRICE, names.COST_KIND)
     known = root_of(spans).attributes
-    return {key: known[key] for key in keys if isinstance(known.get(key), int | float)}
+    return {key: known[key] for key in keys if isinstance(known.get(key), int | float | str)}

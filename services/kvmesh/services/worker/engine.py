@@ -17,6 +17,7 @@ from kvmesh.kernels.layout import BLOCK_SIZE
 from kvmesh.services.common.errors import MeshError
 from kvmesh.services.kvcache.client import SealedBlock
 from kvmesh.services.worker.blocks import CacheEvents
+from kvmesh.services.worker.device_use import DeviceMeter, StepPart
 from kvmesh.services.worker.limits import Counters, Limits, Planned
 from kvmesh.services.worker.sampler import sample
 from kvmesh.services.worker.scheduler import Scheduler
@@ -28,6 +29,7 @@ from kvmesh.services.worker.sequence import (
     Update,
     Work,
 )
+from kvmesh.services.worker.virtual import VirtualClock
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +131,8 @@ class Engine:
         self._wishes: list[FetchWish] = []
         self._estimate = model.estimate()
         self._estimate_at = clock()
+        self._meter = DeviceMeter(model.device.simulated, clock())
+        self._virtual = VirtualClock() if model.device.simulated else None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -204,16 +208,27 @@ class Engine:
             )
             for step in plan
         ]
+        self._meter.begin(self._scheduler.active, self._clock())
         try:
             logits = self._model.forward(segments)
+            self._charge(plan)
             sampled = sample(logits, [s.sequence.choice() for s in plan if s.want_logits])
         except Exception:
             logger.exception("a step of %d sequences failed", len(plan))
+            self._meter.failed(self._clock())
             self._fail([step.sequence for step in plan])
             return
         times = self._model.last_step
         block_seal_s = times.seal_s / max(times.sealed_blocks, 1)
         self._scheduler.apply(plan, sampled, self._clock(), block_seal_s)
+
+    def _charge(self, plan: list[Planned]) -> None:
+        """Shares the step's device time out, before its results are taken."""
+        times = self._model.last_step
+        parts = [(step.sequence, _part(step)) for step in plan]
+        self._meter.end(parts, times, self._estimate, self._clock())
+        if self._virtual is not None and times.simulated_s is not None:
+            self._virtual.step(plan, times.simulated_s)
 
     def _fail(self, sequences: list[Sequence]) -> None:
         for sequence in sequences:
@@ -278,6 +293,8 @@ class Engine:
             self._refusals.append((work.ticket, error))
             return
         self._sequences[work.ticket] = sequence
+        if self._virtual is not None:
+            self._virtual.arrive(sequence)
         if sequence.state is State.FETCHING:
             missing = self._scheduler.missing(sequence) if work.shards else range(0)
             keys = tuple(sequence.key(index) for index in missing)
@@ -314,3 +331,8 @@ class Engine:
             estimate=self._estimate,
             counters=scheduler.counters.copy(),
         )
+
+
+def _part(step: Planned) -> StepPart:
+    filled = (step.start + step.count) // BLOCK_SIZE - step.start // BLOCK_SIZE
+    return StepPart(step.start, step.count, not step.sequence.generated, filled)

@@ -9,7 +9,7 @@ from kvmesh.services.common.sampling import check_sampling
 from kvmesh.services.kvcache.keys import root_key
 from kvmesh.services.worker.engine import Load
 from kvmesh.services.worker.sampler import Logprob
-from kvmesh.services.worker.sequence import Finish, Update, Work
+from kvmesh.services.worker.sequence import Finish, Sequence, Update, Work
 from kvmesh.v1 import common_pb2, inference_pb2, worker_pb2
 
 MAX_REQUEST_ID_BYTES = 128
@@ -81,6 +81,7 @@ def token_update(update: Update) -> worker_pb2.TokenUpdate:
         logprobs=[_logprob(item) for item in update.logprobs],
         finish_reason=common_pb2.FinishReason.ValueType(finish or 0),
         error=request_error(update.error) if update.error is not None else None,
+        device=_device_seconds(sequence),
     )
     if update.first:
         times = sequence.timeline
@@ -90,6 +91,17 @@ def token_update(update: Update) -> worker_pb2.TokenUpdate:
         message.queue_s = first_step - times.received
         message.prefill_s = first_token - first_step
     return message
+
+
+def _device_seconds(sequence: Sequence) -> worker_pb2.DeviceSeconds:
+    use, simulated = sequence.use, sequence.simulated
+    return worker_pb2.DeviceSeconds(
+        queue_s=use.queue_s,
+        prefill_s=use.prefill_s,
+        decode_s=use.decode_s,
+        kv_s=use.kv_s,
+        simulated_s=simulated.elapsed_s if simulated is not None else 0.0,
+    )
 
 
 def end_update(

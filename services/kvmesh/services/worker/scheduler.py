@@ -162,28 +162,31 @@ class Scheduler:
             most = min(most, step.sequence.tokens_left(limit))
         while most > 1 and _lacking(plan, most * width) > self.cache.available:
             most //= 2
-        return max(1, most)
+        # Who was pre-empted for this plan may fit again at once.
+        return most if most > 1 and self._room_for_next() is None else 1
 
     def advance(
         self, plan: list[Planned], tokens: Listed[Listed[int]], now: float, steps: int = 1
     ) -> None:
         """Takes the results of `steps` equal decode steps at once: each sequence's tokens.
 
-        The same as planning and applying them one by one; of speculation, all accepted tokens.
+        The same as planning and applying them one by one, but for which of two sequences that say
+        the same has the block that others find; of speculation, all accepted tokens.
         """
         self.counters.steps += steps
         self.counters.batch = len(plan)
         self.counters.batched += len(plan) * steps
         for step, said in zip(plan, tokens, strict=True):
+            lacking = _blocks(step.start + len(said)) - len(step.sequence.blocks)
+            if lacking > 0:
+                step.sequence.hold(self.cache.allocate(lacking))
+        for step, said in zip(plan, tokens, strict=True):
             sequence = step.sequence
-            before = sequence.computed // BLOCK_SIZE
+            self.counters.tokens_prefilled += not sequence.generated
             sequence.computed += len(said)
             sequence.steps += steps
-            lacking = _blocks(sequence.computed) - len(sequence.blocks)
-            if lacking > 0:
-                sequence.hold(self.cache.allocate(lacking))
             finish = self._say(sequence, said, (), now)
-            self._seal(sequence, before, 0.0)
+            self._seal(sequence, step.start // BLOCK_SIZE, 0.0)
             if finish is not None:
                 self._finished(sequence, finish, now)
 
@@ -247,13 +250,9 @@ class Scheduler:
                 self.fail(sequence, late, now)
 
     def _admit(self, now: float) -> None:
-        while self._waiting and self._slots:
-            sequence = self._waiting[0]
-            local = self.cache.match(sequence.usable_keys)
+        while (local := self._room_for_next()) is not None:
+            sequence = self._waiting.popleft()
             fresh = sequence.blocks_to_run - len(local)
-            if not self.cache.can_allocate(fresh, keeping=local):
-                return
-            self._waiting.popleft()
             self.cache.acquire(local)
             sequence.hold(local + self.cache.allocate(fresh))
             sequence.slot = self._slots.pop()
@@ -263,6 +262,15 @@ class Scheduler:
             self._adoptions[sequence] = Adoption(len(local), sequence.fetched)
             if sequence.timeline.admitted is None:
                 sequence.timeline.admitted = now
+
+    def _room_for_next(self) -> list[int] | None:
+        """The cached blocks that the next one to admit would share; None if it cannot run now."""
+        if not self._waiting or not self._slots:
+            return None
+        sequence = self._waiting[0]
+        local = self.cache.match(sequence.usable_keys)
+        fresh = sequence.blocks_to_run - len(local)
+        return local if self.cache.can_allocate(fresh, keeping=local) else None
 
     def _adopt(self) -> None:
         budget = self.limits.adopt_blocks

@@ -17,9 +17,9 @@ from kvmesh.services.common.errors import InvalidRequest, MeshError
 from kvmesh.services.common.sampling import SamplingSettings
 from kvmesh.services.kvcache.keys import block_keys, child_key
 from kvmesh.services.worker.constraint import OutputMatcher
+from kvmesh.services.worker.device_use import DeviceUse
 from kvmesh.services.worker.sampler import Choice, Logprob, TokenHistory
-
-MAX_MARKS = 32  # sampled times of a decode, for its span
+from kvmesh.services.worker.timeline import SimulatedTimes, Timeline
 
 
 class State(Enum):
@@ -102,38 +102,6 @@ class Fetched:
     tail: Tail | None = None
 
 
-@dataclass(slots=True)
-class Timeline:
-    """When things happened, on the scheduler's clock; None: not yet.
-
-    marks: (time, output tokens so far, longest wait for one token since the mark before in
-        seconds), at most 32, evenly thinned out: a stall shows, however long the output.
-    """
-
-    received: float
-    admitted: float | None = None
-    first_step: float | None = None
-    first_token: float | None = None
-    ended: float | None = None
-    marks: list[tuple[float, int, float]] = field(default_factory=list)
-    mark_every: int = 1
-    last_token: float | None = None
-    longest_s: float = 0.0
-
-    def mark(self, now: float, count: int) -> None:
-        if self.last_token is not None:
-            self.longest_s = max(self.longest_s, now - self.last_token)
-        self.last_token = now
-        if count % self.mark_every:
-            return
-        self.marks.append((now, count, self.longest_s))
-        self.longest_s = 0.0
-        if len(self.marks) == MAX_MARKS:
-            pairs = zip(self.marks[::2], self.marks[1::2], strict=True)
-            self.marks = [(at, n, max(longest, gone[2])) for gone, (at, n, longest) in pairs]
-            self.mark_every *= 2
-
-
 @dataclass(frozen=True, slots=True)
 class Update:
     """What one step brought to one sequence.
@@ -173,6 +141,8 @@ class Sequence:
         self.decode_seal_s = 0.0  # and after it
         self.next_export = 0  # blocks before this index have been offered to the shards
         self.fetched: Fetched | None = None
+        self.use = DeviceUse()
+        self.simulated: SimulatedTimes | None = None  # on a simulated device
         self.finish: Finish | None = None
         self.history: TokenHistory | None = None
         if work.settings.penalizes:
@@ -185,6 +155,11 @@ class Sequence:
         ends = () if work.settings.ignore_eos else work.eos_token_ids
         self._end_ids = work.settings.stop_token_ids.union(ends)
         self._banned = tuple(sorted(self._end_ids))
+
+    @property
+    def waiting_since(self) -> float:
+        """See device_use.Metered."""
+        return self.timeline.received
 
     @property
     def num_output(self) -> int:

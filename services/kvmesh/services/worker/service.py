@@ -91,6 +91,13 @@ def limits_of(worker: WorkerConfig, model: Model) -> Limits:
     )
 
 
+def price_of(worker: WorkerConfig, model: Model) -> tuple[float, str]:
+    """(US dollars of one device and hour, where that is from); (0, "") if nothing says it."""
+    if worker.price_usd_per_hour is not None:
+        return worker.price_usd_per_hour, "mesh configuration"
+    return model.device.price_per_hour, model.device.price_source
+
+
 def _open_grammars(config: MeshConfig, model: Model) -> Grammars | None:
     """None, and a warning, if the model's tokenizer cannot be used for output constraints."""
     try:
@@ -177,6 +184,7 @@ class WorkerService:
             self._model.close()
 
     async def _join(self, model: Model, hub: Hub, address: str) -> None:
+        price_usd_h, price_source = price_of(self._worker, model)
         member = mesh_pb2.Member(
             member_id=self._context.member_id,
             incarnation=self._context.incarnation,
@@ -186,6 +194,9 @@ class WorkerService:
             model=model_info(model.spec, hub.limits.max_tokens),
             device=model.device.name,
             simulated=model.device.simulated,
+            devices=model.device.count,
+            price_usd_h=price_usd_h,
+            price_source=price_source,
         )
         link = Link(self._context.mesh_address, self._context.security)
         self._lease = MembershipLease(link, member, self._deadlines)

@@ -58,7 +58,7 @@ function facts(view) {
     ["Output", [count(s.output_tokens), h("small", {}, "tokens")]],
     ["KV fetched", moved(kv.fetched_wire, kv.fetched_raw)], ["KV stored", moved(kv.stored_wire, kv.stored_raw)],
     kv.tail_wire ? ["KV tail", [bytes(kv.tail_wire), h("small", {}, "unfinished block, not coded")]] : null,
-    "kvmesh.cost.usd" in cost ? ["Price", [usd(cost["kvmesh.cost.usd"]), h("small", {}, split)]] : null,
+    "kvmesh.cost.usd" in cost ? ["Price", [usd(cost["kvmesh.cost.usd"]), h("small", {}, split), cost["kvmesh.cost.kind"] === "simulated" ? clockTag("simulated") : null]] : null,
     s.tenant ? ["Tenant", s.tenant] : null,
   ].filter(Boolean);
   return h("div", { class: "card" }, h("dl", { class: "facts" }, rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value)))));
