@@ -116,7 +116,7 @@ def _prefill(
 
 
 def _cost(choice: Choice, model: ModelShape, layout: Parallel, drafts: int) -> StepCost:
-    options = Options("uniform", draft_tokens=drafts)
+    options = Options("placed", draft_tokens=drafts)
     return StepCost(choice.device, model, layout, choice.formats, options)
 
 

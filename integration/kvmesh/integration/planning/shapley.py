@@ -1,22 +1,24 @@
 """What each of several changes contributes to a ratio that they make together.
 
 The worth of a set of changes is measured with just those switched on. A change's factor depends on
-what is on already; its mean over all orders (the Shapley value, here of logarithms) is the only fair
-split whose factors multiply to the whole.
+what is on already; its mean over all orders (the Shapley value, here of logarithms) is the only
+fair split whose factors multiply to the whole.
 """
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import permutations
 
-MOST_CHANGES = 10
+MOST_CHANGES = 8
 Worth = Callable[[frozenset[str]], float]
+Order = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Contribution:
-    """factor: mean over all orders, geometric. low, high: of any order."""
+    """factor: mean over the orders, geometric. low, high: of any order."""
 
     name: str
     factor: float
@@ -24,38 +26,52 @@ class Contribution:
     high: float
 
 
-def subsets(names: Sequence[str]) -> list[frozenset[str]]:
-    """All 2^n, smaller ones first."""
-    sizes = range(len(names) + 1)
-    return [frozenset(each) for size in sizes for each in combinations(names, size)]
+def orders_of(names: Sequence[str], most: int | None, seed: int) -> list[Order]:
+    """All orders, or `most` of them: at random, each with its reverse, so that what is early in one
+    is late in another.
 
-
-def contributions(names: Sequence[str], worth: Worth) -> list[Contribution]:
-    """One for each name, in order. `worth` is called once for each subset, and must be positive.
-
-    Raises ValueError for more than MOST_CHANGES names or a worth that is not positive.
+    Raises ValueError for more than MOST_CHANGES names or most below 1.
     """
     if len(names) > MOST_CHANGES:
         raise ValueError(f"{len(names)} changes, must be at most {MOST_CHANGES}")
+    if most is not None and most < 1:
+        raise ValueError(f"orders is {most}, must be at least 1")
+    if most is None or most >= math.factorial(len(names)):
+        return list(permutations(names))
+    rng = random.Random(seed)
+    orders: dict[Order, None] = {}
+    while len(orders) < most:
+        order = tuple(rng.sample(names, len(names)))
+        orders[order] = None
+        orders[order[::-1]] = None
+    return list(orders)[:most]
+
+
+def sets_of(orders: Sequence[Order]) -> list[frozenset[str]]:
+    """Every set that some order passes, smaller ones first."""
+    found = {frozenset(order[:n]): None for order in orders for n in range(len(order) + 1)}
+    return sorted(found, key=lambda on: (len(on), sorted(on)))
+
+
+def contributions(orders: Sequence[Order], worth: Worth) -> list[Contribution]:
+    """One for each name. `worth` is asked once for each set, and must be positive.
+
+    Raises ValueError for a worth that is not.
+    """
     logs: dict[frozenset[str], float] = {}
-    for subset in subsets(names):
-        value = worth(subset)
+    for on in sets_of(orders):
+        value = worth(on)
         if not value > 0:
-            raise ValueError(f"the worth of {sorted(subset)} is {value}, must be greater than 0")
-        logs[subset] = math.log(value)
-    return [_contribution(name, names, logs) for name in names]
-
-
-def _contribution(
-    name: str, names: Sequence[str], logs: dict[frozenset[str], float]
-) -> Contribution:
-    others = [other for other in names if other != name]
-    mean, low, high = 0.0, math.inf, -math.inf
-    for subset in subsets(others):
-        gain = logs[subset | {name}] - logs[subset]
-        # Orders in which exactly `subset` comes before: |S|! (n - |S| - 1)! of n!.
-        size = len(subset)
-        orders = math.factorial(size) * math.factorial(len(others) - size)
-        mean += gain * orders / math.factorial(len(names))
-        low, high = min(low, gain), max(high, gain)
-    return Contribution(name, math.exp(mean), math.exp(low), math.exp(high))
+            raise ValueError(f"the worth of {sorted(on)} is {value}, must be greater than 0")
+        logs[on] = math.log(value)
+    gains: dict[str, list[float]] = {}
+    for order in orders:
+        for place, name in enumerate(order):
+            before = frozenset(order[:place])
+            gains.setdefault(name, []).append(logs[before | {name}] - logs[before])
+    return [
+        Contribution(
+            name, math.exp(math.fsum(each) / len(each)), math.exp(min(each)), math.exp(max(each))
+        )
+        for name, each in gains.items()
+    ]

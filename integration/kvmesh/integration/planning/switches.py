@@ -1,7 +1,7 @@
-"""The optimisations that a waterfall switches on and off, and the mesh that each set of them makes.
+"""The optimisations that a waterfall switches on and off, and the mesh that each set makes.
 
-Each acts on what it acts on in the simulator: bytes, times, decisions or the layout of workers. None
-is a factor.
+Each acts in the simulator on what it acts on in the world: bytes, times, decisions or the layout of
+workers. None is a factor.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from kvmesh.backends.devices.device import Device
 from kvmesh.backends.errors import DoesNotFit
 from kvmesh.integration.planning.choice import ACCEPTANCE
 from kvmesh.integration.planning.traffic import Workload
-from kvmesh.integration.simulate import Optimisations, Scenario, WorkerPool
+from kvmesh.integration.simulate import Optimisations, Result, Scenario, WorkerPool
 
 KV, FUSED, BALANCE, DISAGG, WIDE, MTP, ROUTING = (
     "kv", "fused", "balance", "disagg", "wide-ep", "mtp", "routing",
@@ -29,13 +29,15 @@ TITLES = {
 }
 _SLOTS = 2048  # sequences of a rank: memory and limits bind before
 _BASE_KV = "fp16"
+_INSTANCES = 2
+_PREFILL_BUSY = 0.8
 
 
 @dataclass(frozen=True, slots=True)
 class Setup:
     """What is fixed while optimisations are switched. instances: of the aggregated mesh.
-    narrow, wide: layouts of an instance. prefill_share: of the devices, where prompts have their
-    own. kv: the format that KV compression means."""
+    narrow, wide: layouts of an instance; prompts that have devices of their own have one of the
+    narrow ones. kv: the format that KV compression means."""
 
     model: ModelShape
     formats: Formats
@@ -43,7 +45,6 @@ class Setup:
     narrow: Parallel
     wide: Parallel
     instances: int
-    prefill_share: float
     step_tokens: int = 8192
 
 
@@ -63,11 +64,10 @@ def applicable(model: ModelShape, workload: Workload, instances: int) -> dict[st
     }
 
 
-def setup_of(
-    model: ModelShape, device: Device, formats: Formats, kv: str, prefill_share: float
-) -> Setup:
-    """Layouts: with experts, the smallest number of attention replicas that holds them, and four
-    times as many for the wide one; else tensor ranks. Sixteen devices or four instances.
+def setup_of(model: ModelShape, device: Device, formats: Formats, kv: str) -> Setup:
+    """Layouts: with experts, the smallest number of attention replicas that holds them with room
+    for KV, and twice as many for the wide one; else tensor ranks. Two instances, which routing
+    needs at least: all that is measured is per device.
 
     Raises DoesNotFit if the model fits no layout within a scale-up domain.
     """
@@ -75,11 +75,9 @@ def setup_of(
     narrow = _narrow(model, device, base)
     wide = narrow
     if model.moe is not None:
-        ranks = min(4 * narrow.data, device.domain, model.moe.experts)
-        ranks -= ranks % narrow.data
+        ranks = min(2 * narrow.data, device.domain, model.moe.experts)
         wide = Parallel(data=ranks, expert=ranks)
-    instances = max(4, 16 // narrow.devices, wide.devices // narrow.devices)
-    return Setup(model, formats, kv, narrow, wide, instances, prefill_share)
+    return Setup(model, formats, kv, narrow, wide, _INSTANCES)
 
 
 def _narrow(model: ModelShape, device: Device, formats: Formats) -> Parallel:
@@ -127,15 +125,19 @@ def scenario_of(setup: Setup, on: frozenset[str], device: Device) -> Scenario:
 
 def _pools(setup: Setup, on: frozenset[str]) -> tuple[WorkerPool, ...]:
     layout = setup.wide if WIDE in on else setup.narrow
-    devices = setup.instances * setup.narrow.devices
+    workers = max(1, setup.instances * setup.narrow.devices // layout.devices)
     if DISAGG not in on:
-        return (_pool(setup, layout, devices // layout.devices, "both"),)
-    # Whole instances on both sides; devices are counted as they come out.
-    prefill = max(1, round(devices * setup.prefill_share / setup.narrow.devices))
-    decode = max(1, round((devices - prefill * setup.narrow.devices) / layout.devices))
-    return (
-        _pool(setup, setup.narrow, prefill, "prefill"),
-        _pool(setup, layout, decode, "decode"),
+        return (_pool(setup, layout, workers, "both"),)
+    prompts = _pool(setup, setup.narrow, 1, "prefill")
+    return prompts, _pool(setup, layout, workers, "decode")
+
+
+def counted_devices(result: Result) -> float:
+    """Devices that this load takes. A fleet shares its pool for prompts, so those devices count by
+    the share of their time that is used, with a fifth kept free."""
+    return sum(
+        pool.devices * (min(1.0, pool.busy / _PREFILL_BUSY) if pool.role == "prefill" else 1.0)
+        for pool in result.pools
     )
 
 

@@ -1,4 +1,4 @@
-"""`kvmesh plan waterfall`: what each optimisation, and then the hardware, contributes on a workload.
+"""`kvmesh plan waterfall`: what each optimisation, and then the hardware, does for a workload.
 
 The worth of a set of optimisations is the output tokens/s per device at the highest load that keeps
 the workload's limits, found by simulating a closed loop at a few loads. Every set is simulated; no
@@ -11,14 +11,31 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from kvmesh.backends.cost.parallel import Formats
 from kvmesh.backends.cost.price import Price, dollars_per_mtok
 from kvmesh.backends.devices.device import Device
+from kvmesh.integration.planning.choice import default_weights
 from kvmesh.integration.planning.compare import PlanError, Question
 from kvmesh.integration.planning.requests import interleaved
-from kvmesh.integration.planning.shapley import Contribution, contributions, subsets
-from kvmesh.integration.planning.switches import TITLES, Setup, applicable, scenario_of
+from kvmesh.integration.planning.shapley import (
+    Contribution,
+    Order,
+    contributions,
+    orders_of,
+    sets_of,
+)
+from kvmesh.integration.planning.switches import (
+    TITLES,
+    Setup,
+    applicable,
+    counted_devices,
+    scenario_of,
+    setup_of,
+)
 from kvmesh.integration.simulate import ClosedLoop, Load, Result, Scenario, load_of, simulate
 
+Prices = tuple[Price, Price]
+LEAST_REQUESTS, MOST_REQUESTS = 50, 100_000
 KEPT = 0.95  # share of the requests that must keep the limits
 _FIRST_LOAD = 8  # requests in flight per device
 _STEP = 1.6  # from one load to the next
@@ -127,19 +144,17 @@ class Bench:
         )
 
 
-def _middle(result: Result) -> tuple[object, ...]:
-    """Records without the first fifth, in which the loop fills up."""
-    return result.records[len(result.records) // 5 :]
-
-
 def _tail(result: Result, name: str) -> float:
-    values = [getattr(record, name) for record in _middle(result)]
+    """p95 without the first fifth of the requests, in which the loop fills up."""
+    records = result.records[len(result.records) // 5 :]
+    values = [getattr(record, name) for record in records]
     known = [value for value in values if value is not None]
     return float(np.quantile(known, KEPT)) if known else 0.0
 
 
 def _speeds(result: Result) -> tuple[float, float]:
-    return result.steady.tokens_per_s_device, 1 / result.tpot.p50 if result.tpot.p50 else 0.0
+    per_device = result.steady.tokens_per_s / counted_devices(result)
+    return per_device, 1 / result.tpot.p50 if result.tpot.p50 else 0.0
 
 
 def _limit(on: frozenset[str], device: Device, ran: Sequence[Ran]) -> Measured:
@@ -167,7 +182,7 @@ def _measured(
 ) -> Measured:
     def between(name: str) -> float:
         a, b = float(getattr(low, name)), float(getattr(high, name))
-        return a ** (1 - share) * b**share
+        return float(a ** (1 - share) * b**share)
 
     speeds = between("tokens_s_device"), between("user_tokens_s")
     return Measured(on, device.name, *speeds, between("in_flight"), count)
@@ -176,16 +191,14 @@ def _measured(
 @dataclass(frozen=True, slots=True)
 class Waterfall:
     """steps: by falling factor. hardware: the other device's, with everything on; its low and high
-    are those with nothing and with everything on. skipped: what can change nothing here, and why.
-    """
+    are those with nothing and with everything on."""
 
     steps: tuple[Contribution, ...]
     hardware: Contribution | None
-    skipped: dict[str, str]
     base: Measured
     full: Measured
     final: Measured
-    prices: tuple[Price, Price]
+    prices: Prices
     runs: tuple[Measured, ...] = field(repr=False)
 
     @property
@@ -194,12 +207,13 @@ class Waterfall:
         return self.full.tokens_s_device / self.base.tokens_s_device
 
     @property
-    def alone(self) -> float:
-        """What multiplying the factors that each has alone would claim."""
-        runs = {run.on: run for run in self.runs if run.device == self.base.device}
-        singles = [run for on, run in runs.items() if len(on) == 1]
-        ratios = [run.tokens_s_device / self.base.tokens_s_device for run in singles]
-        return math.prod(ratios)
+    def total(self) -> float:
+        return self.final.tokens_s_device / self.base.tokens_s_device
+
+    @property
+    def best_cases(self) -> float:
+        """What multiplying the best factor of each would claim."""
+        return float(math.prod(step.high for step in self.steps))
 
     @property
     def dollars(self) -> tuple[float, float, float]:
@@ -212,46 +226,68 @@ class Waterfall:
         )
 
 
-def simulations(names: Sequence[str], hardware: bool) -> int:
-    """Sets of optimisations that waterfall() measures."""
-    return 2 ** len(names) + 2 * hardware
+def bench_of(question: Question, device: Device, kv: str, effort: tuple[int, int]) -> Bench:
+    """effort: requests of each simulation, and the seed. Weights are the device's smallest.
 
-
-def active_names(bench: Bench, wanted: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """(those that can change something here, the others with their reasons).
-
-    Raises PlanError for an unknown name, or if none is left.
+    Raises PlanError for too few requests, ShapeError for an unknown format, DoesNotFit if nothing
+    holds the model.
     """
+    requests, seed = effort
+    if not LEAST_REQUESTS <= requests <= MOST_REQUESTS:
+        raise PlanError(f"requests is {requests}, must be in {LEAST_REQUESTS}..{MOST_REQUESTS}")
+    weights = default_weights(device)
+    attention = "fp8" if weights == "nvfp4" else None
+    Formats(weights, kv)  # says what formats there are
+    setup = setup_of(question.model, device, Formats(weights, kv, attention), kv)
+    return Bench(question, setup, requests, seed)
+
+
+def plan_orders(
+    bench: Bench, wanted: Sequence[str] | None, most: int
+) -> tuple[list[Order], dict[str, str]]:
+    """(orders in which those that can change something here are switched on, the others with their
+    reasons). most: 0 takes all orders.
+
+    Raises PlanError for an unknown name, if none is left, or a negative number.
+    """
+    wanted = list(wanted or TITLES)
     for name in wanted:
         if name not in TITLES:
             raise PlanError(f"optimisation {name!r} is unknown; known: {', '.join(TITLES)}")
+    if most < 0:
+        raise PlanError(f"orders is {most}, must be at least 1, or 0 for all")
     why = applicable(bench.question.model, bench.question.workload, bench.setup.instances)
     active = [name for name in TITLES if name in wanted and not why[name]]
     if not active:
         raise PlanError(f"no optimisation of {', '.join(wanted)} can change anything here")
-    return active, {name: why[name] for name in wanted if why[name]}
+    skipped = {name: why[name] for name in wanted if why[name]}
+    return orders_of(active, most or None, bench.seed), skipped
+
+
+def sets_to_measure(orders: Sequence[Order], hardware: bool) -> int:
+    """How often Bench.done will be called."""
+    return len(sets_of(orders)) + 2 * hardware
 
 
 def waterfall(
-    bench: Bench,
-    wanted: Sequence[str],
-    devices: tuple[Device, Device | None],
-    prices: tuple[Price, Price],
+    bench: Bench, orders: Sequence[Order], devices: tuple[Device, Device | None], prices: Prices
 ) -> Waterfall:
-    """Raises PlanError for unknown names, and what simulate() raises."""
-    names, skipped = active_names(bench, wanted)
+    """All sets that the orders pass on the first device; none and all on the second.
+
+    Raises what simulate() raises.
+    """
     device, other = devices
-    for subset in subsets(names):  # smaller sets first: their loads are a start for larger ones
-        bench.measure(subset, device)
-    steps = contributions(names, lambda on: bench.measure(on, device).tokens_s_device)
-    base, full = bench.measure(frozenset(), device), bench.measure(frozenset(names), device)
+    sets = sets_of(orders)  # smaller ones first: where they ended is a start for larger ones
+    for on in sets:
+        bench.measure(on, device)
+    steps = contributions(orders, lambda on: bench.measure(on, device).tokens_s_device)
+    base, full = bench.measure(sets[0], device), bench.measure(sets[-1], device)
     hardware, final = None, full
     if other is not None:
-        final = bench.measure(frozenset(names), other)
-        bare = bench.measure(frozenset(), other).tokens_s_device / base.tokens_s_device
+        final = bench.measure(sets[-1], other)
+        bare = bench.measure(sets[0], other).tokens_s_device / base.tokens_s_device
         ratio = final.tokens_s_device / full.tokens_s_device
         title = f"{device.name} to {other.name}"
         hardware = Contribution(title, ratio, min(bare, ratio), max(bare, ratio))
     ordered = tuple(sorted(steps, key=lambda step: -step.factor))
-    runs = tuple(bench.known.values())
-    return Waterfall(ordered, hardware, skipped, base, full, final, prices, runs)
+    return Waterfall(ordered, hardware, base, full, final, prices, tuple(bench.known.values()))
