@@ -1,6 +1,7 @@
 """The client over several real shards: replicas, dead shards, corrupt blocks, leases."""
 
 import asyncio
+import gc
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -20,6 +21,7 @@ from kvmesh.services.common.telemetry import Telemetry
 from kvmesh.services.kvcache.client import KvCacheClient, SealedBlock
 from kvmesh.services.kvcache.feed import EventFeed
 from kvmesh.services.kvcache.keys import block_keys, root_key
+from kvmesh.services.kvcache.memory import HeldBlock
 from kvmesh.services.kvcache.placement import place, place_all
 from kvmesh.services.kvcache.servicer import Identity, KvCacheServicer
 from kvmesh.services.kvcache.store import BlockStore
@@ -72,7 +74,7 @@ class BreakingShard(KvCacheServicer):
 @dataclass
 class Mesh:
     links: Links = field(default_factory=Links)
-    stores: dict[str, BlockStore] = field(default_factory=dict)
+    stores: dict[str, BlockStore[HeldBlock]] = field(default_factory=dict)
     servers: dict[str, BoundServer] = field(default_factory=dict)
     telemetry: Telemetry = field(default_factory=lambda: Telemetry("kvcache", "test"))
     clients: list[KvCacheClient] = field(default_factory=list)
@@ -95,7 +97,7 @@ class Mesh:
     async def add_shard(
         self, max_bytes: int, kind: type[KvCacheServicer] = KvCacheServicer
     ) -> KvCacheServicer:
-        store = BlockStore(max_bytes)
+        store: BlockStore[HeldBlock] = BlockStore(max_bytes)
         feed = EventFeed(1, store.keys)
         identity = Identity(f"kvcache-{len(self.stores)}", 1, faults=True)
         servicer = kind(identity, store, feed, self.telemetry, lambda: 1.0)
@@ -287,6 +289,22 @@ async def test_cancelling_a_fetch_reaches_the_shard(caplog: pytest.LogCaptureFix
             await task
         assert caplog.text == "", "the shard is not to blame"
         await asyncio.wait_for(stalling.ended.wait(), TIMEOUT)
+
+
+async def test_a_fetch_cancelled_before_its_first_call_leaves_nothing() -> None:
+    """A warning that a coroutine was never awaited would fail this test."""
+    async with mesh(1) as shards:
+        client = shards.client()
+
+        async def cancelled() -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            asyncio.get_running_loop().call_soon(task.cancel)
+            await client.fetch(keys_of(chain(2)), shards.addresses)
+
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.create_task(cancelled())
+        gc.collect()
 
 
 async def test_a_link_that_is_dropped_under_a_call_is_a_failed_shard() -> None:

@@ -39,7 +39,9 @@ StopSeconds = Annotated[
 BackendName = Annotated[
     str | None,
     typer.Option(
-        "--backend", help="Backend of every worker, instead of the mesh.toml's.", show_default=False
+        "--backend",
+        help="Backend of every worker and shard, instead of the mesh.toml's.",
+        show_default=False,
     ),
 ]
 
@@ -77,7 +79,10 @@ def up(
 
 
 def _with_backend(config: "MeshConfig", name: str) -> "MeshConfig":
-    """The mesh with that backend for every worker. Raises ConfigError if it cannot run here."""
+    """The mesh with that backend for every worker, and for the shards' memory where it has one.
+
+    Raises ConfigError if it cannot run here.
+    """
     from kvmesh.backends.registry import AUTO, unavailable_reason
     from kvmesh.services.common.errors import ConfigError
 
@@ -85,7 +90,8 @@ def _with_backend(config: "MeshConfig", name: str) -> "MeshConfig":
     if reason is not None:
         raise ConfigError(f"--backend {name}: {reason}")
     workers = tuple(each.model_copy(update={"backend": name}) for each in config.workers)
-    return config.model_copy(update={"workers": workers})
+    shards = config.kvcache.model_copy(update={"backend": "cuda" if name == "cuda" else "cpu"})
+    return config.model_copy(update={"workers": workers, "kvcache": shards})
 
 
 async def _foreground(config: "MeshConfig", run_dir: Path, timeout_s: float) -> int:
@@ -242,6 +248,8 @@ def print_members(state: "MeshState") -> None:
     console().print(f"\nready at [bold]{state.public_address}[/bold] (gRPC)")
     if state.http_url:
         console().print(f"OpenAI's API at [bold]{state.http_url}/v1[/bold]")
+    if state.oip_address:
+        console().print(f"Open Inference Protocol at [bold]{state.oip_address}[/bold] (gRPC)")
 
 
 @command

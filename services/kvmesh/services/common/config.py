@@ -68,6 +68,8 @@ class TokenizerConfig(Section):
 class KvCacheConfig(Section):
     shards: Annotated[int, Field(ge=0)] = 2
     max_bytes: Annotated[int, Field(ge=1 << 20)] = 256 << 20  # per shard
+    backend: Literal["cpu", "cuda"] = "cpu"  # cuda: in the GPU's memory, what is over in main
+    device_bytes: Annotated[int, Field(ge=1 << 20)] | None = None  # of max_bytes; none: all
     replicas: Annotated[int, Field(ge=1)] = 1
 
 
@@ -87,10 +89,12 @@ class WorkerConfig(Section):
 
 
 class GatewayConfig(Section):
-    """The HTTP edge."""
+    """The edges: OpenAI's API over HTTP, and the Open Inference Protocol over gRPC."""
 
     enabled: bool = True
     port: Port | None = None  # none: 8080, or any free one if that is taken
+    oip: bool = True
+    oip_port: Port | None = None  # none: 8001, or any free one if that is taken
     max_body_bytes: Annotated[int, Field(ge=1 << 10, le=7 << 20)] = 4 << 20
     max_head_bytes: Annotated[int, Field(ge=1 << 10)] = 64 << 10  # request line and headers
     max_connections: Annotated[int, Field(ge=1)] = 1024

@@ -108,6 +108,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             kind=member.kind,
             role=member.role,
             address=member.address,
+            other_addresses=member.other_addresses,
             incarnation=member.incarnation,
             lease_left_s=max(0.0, lease.expires - now),
             device=member.device,
