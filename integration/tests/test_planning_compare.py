@@ -173,6 +173,7 @@ def test_the_command_prints_one_document(tmp_path: Path):
 def test_limits_that_no_load_keeps_fail_the_command():
     result = CliRunner().invoke(app, ["plan", "--choice", "h100,tp8", "--tpot-ms", "0.01"])
     assert result.exit_code == 1 and "keeps no limit" in result.stdout
+    assert "TPOT is at least" in result.stdout and "must be at most 0.01 ms" in result.stdout
     result = CliRunner().invoke(app, ["plan", "--workload", "chat", "validate"])
     assert result.exit_code == 2 and "--workload belongs behind 'validate'" in result.output
 
