@@ -88,7 +88,8 @@ def test_every_dollar_is_counted(question: Question, answers: list[Answer]):
     assert best.dollars_input == pytest.approx(best.dollars_output / ratio)
     assert 1 / best.dollars_total == pytest.approx(1 / best.dollars_output + 1 / best.dollars_input)
     assert best.joules == pytest.approx(1730 / best.output_tokens_s)  # all-in watts of an H100
-    assert best.ttft_s <= 1.0 and 1 / best.user_tokens_s <= 0.04
+    assert best.ttft_s <= 1.0 and 1.25 / best.user_tokens_s <= 0.04  # p99 over mean
+    assert best.binds == "limits" and 1.25 / best.user_tokens_s > 0.039
     cheaper = [p for p in found.points if p.meets and p.dollars_output < best.dollars_output]
     assert not cheaper
 

@@ -16,12 +16,16 @@ from kvmesh.integration.planning.steady import Limits, Steady, SteadyState, Traf
 
 STEP_TOKENS = 8192
 _SWEEP = tuple(2 ** (step / 2) for step in range(27))  # sequences of a rank, 1 to 8,192
+# p99 over mean TPOT of runs at their limit: C5, C6 and C7 of the calibration set have 1.28 (at the
+# least), 1.35 and 1.21. A steady state has no tail of its own.
+TAIL = 1.25
 _HALVINGS = 6  # to find where a limit is passed
 
 
 @dataclass(frozen=True, slots=True)
 class Goals:
-    """Most seconds until the first token and between tokens; None: any."""
+    """Most seconds until the first token, on average and without queues, and between tokens for
+    99 % of requests; None: any."""
 
     ttft_s: float | None = None
     tpot_s: float | None = None
@@ -64,7 +68,7 @@ class Evaluated:
         """Which limit no load keeps, and what comes nearest; empty if `best` is there."""
         if self.best is not None:
             return ""
-        fastest = min(1 / point.user_tokens_s for point in self.points)
+        fastest = TAIL * min(1 / point.user_tokens_s for point in self.points)
         soonest = min(point.ttft_s for point in self.points)
         if goals.tpot_s is not None and fastest > goals.tpot_s:
             return f"TPOT is at least {fastest * 1e3:,.3g} ms, must be at most {_ms(goals.tpot_s)}"
@@ -174,7 +178,7 @@ def _point(
     inputs = requests_s * traffic.inputs.mean / devices
     hour = choice.price.per_hour
     watts = choice.device.power.all_in_w or choice.device.power.tgp_w
-    slow = goals.tpot_s is not None and steady.tpot_s > goals.tpot_s
+    slow = goals.tpot_s is not None and steady.tpot_s * TAIL > goals.tpot_s
     late = goals.ttft_s is not None and ttft > goals.ttft_s
     return Point(
         layout,
