@@ -13,6 +13,15 @@ from kvmesh.backends.cost.step import StepCost
 from kvmesh.backends.devices import load_device
 from kvmesh.integration.planning.lengths import Lengths
 from kvmesh.integration.planning.steady import Limits, SteadyState, Traffic
+from kvmesh.integration.simulate import (
+    ClosedLoop,
+    Optimisations,
+    Scenario,
+    WorkerPool,
+    load_of,
+    simulate,
+)
+from kvmesh.integration.workload import TraceRequest, Workload
 
 OUTPUTS = Lengths(kind="log_normal", median=150, sigma=0.9, low=5, high=1500)
 INPUTS = Lengths(kind="log_normal", median=400, sigma=0.5, low=20, high=2000)
@@ -162,3 +171,19 @@ def test_experts_outputs_can_travel_in_fp8():
     )
     assert narrow.step(work).by_name()["combine"] < wide.step(work).by_name()["combine"]
     assert narrow.step(work).by_name()["dispatch"] == wide.step(work).by_name()["dispatch"]
+
+
+@pytest.mark.parametrize("in_flight", [16, 64])
+def test_the_simulator_agrees(in_flight: int):
+    """Two ways to the same figure: a closed loop through real schedulers, and the steady state."""
+    device, model, count = load_device("h100"), load_shape("llama-3.1-8b"), 800
+    rng = np.random.default_rng(0)
+    lengths = zip(INPUTS.draw(rng, count).tolist(), OUTPUTS.draw(rng, count).tolist(), strict=True)
+    requests = tuple(TraceRequest(0.0, i, o, tuple(range(-(-i // 64)))) for i, o in lengths)
+    scenario = Scenario(model, device, (WorkerPool(slots=in_flight),), Optimisations("fp8"), "fp8")
+    load = load_of(Workload(requests, 64), model.max_context, ClosedLoop(in_flight), False)
+    found = simulate(scenario, load, 1)
+    cost = StepCost(device, model, formats=Formats("fp8", "fp8"))
+    steady = SteadyState(cost, Traffic(INPUTS, OUTPUTS), Limits(in_flight)).at(in_flight)
+    assert found.steady.tokens_per_s == pytest.approx(steady.output_tokens_s, rel=0.06)
+    assert found.tpot.mean == pytest.approx(steady.tpot_s, rel=0.06)

@@ -11,7 +11,7 @@ from kvmesh.backends.cost.terms import Plan, Term
 
 
 def ffn_terms(plan: Plan, name: str, ffn: float, count: float) -> Iterator[Term]:
-    """`count` gated FFNs of inner size `ffn` on this rank, as name_up, name_down, name_activation."""
+    """`count` gated FFNs of inner size `ffn` on this rank."""
     hidden, weights, width = plan.model.hidden, plan.formats.weights, math.ceil(ffn)
     yield plan.gemm(f"{name}_up", Matrix(hidden, 2 * width), weights, count)
     yield plan.gemm(f"{name}_down", Matrix(width, hidden), weights, count)
