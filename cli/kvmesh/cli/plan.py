@@ -1,5 +1,6 @@
 """`kvmesh plan`: what a model and its traffic would take of devices, and how far to trust that."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,12 +24,22 @@ def validate(
     quick: Annotated[
         bool, typer.Option(help="Leave out the percentiles that take a minute to simulate.")
     ] = False,
+    rows_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--rows",
+            help="Instead, a file of published runs of your own; see docs/fidelity.md.",
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Compare predictions with published results; exit code 1 if one is beyond its tolerance."""
-    from kvmesh.integration.validate import ROWS, SLOW_ROWS, calibration_rows
+    from kvmesh.integration.validate import ROWS, SLOW_ROWS, calibration_rows, file_sources
 
     sources = ROWS if quick else ROWS + SLOW_ROWS
+    if rows_file is not None:
+        sources = file_sources(rows_file)
     with progress_bar("predicting", len(sources), hidden=json) as advance:
         rows = calibration_rows(sources, advance)
     beyond = [row for row in rows if not row.within]

@@ -7,12 +7,14 @@ ROWS; each is called once and may give any number of rows.
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from kvmesh.backends.cost.price import dollars_per_mtok
 from kvmesh.backends.devices import load_device
 from kvmesh.backends.lpu.compile import compile_model
 from kvmesh.backends.lpu.shapes import find_shape
 from kvmesh.integration.calibration.kernels import Kernel, kernel_cases
+from kvmesh.integration.calibration.rows import bundled_rows, read_rows
 from kvmesh.integration.calibration.servings import Serving, servings
 from kvmesh.integration.calibration.simulated import closed_rows, tail_rows
 
@@ -124,17 +126,26 @@ def lpu_model_rows() -> Iterator[CalibrationRow]:
 
 def serving_rows() -> Iterator[CalibrationRow]:
     """C3 to C11 and C15: whole systems in their steady state."""
-    yield from map(_serving, servings())
+    yield from map(_serving, servings(bundled_rows()))
 
 
 def closed_loop_rows() -> Iterator[CalibrationRow]:
     """C2: single instances, simulated."""
-    yield from map(_serving, closed_rows())
+    yield from map(_serving, closed_rows(bundled_rows()))
 
 
 def simulated_tail_rows() -> Iterator[CalibrationRow]:
     """C7's percentiles, simulated."""
-    yield from map(_serving, tail_rows())
+    yield from map(_serving, tail_rows(bundled_rows()))
+
+
+def file_sources(path: Path) -> tuple["RowSource", ...]:
+    """Of a file with published runs of one's own; raises RowsError if it cannot be used."""
+    rows = read_rows(path)
+    return tuple(
+        lambda made=made: map(_serving, made(rows))
+        for made in (closed_rows, servings, tail_rows)
+    )
 
 
 def _serving(each: Serving) -> CalibrationRow:
@@ -182,4 +193,4 @@ def calibration_rows(
 def _number(row: CalibrationRow) -> tuple[int, bool]:
     """C1 before C1.moe before C2."""
     number, _, kernel = row.id.removeprefix("C").partition(".")
-    return int(number), bool(kernel)
+    return (int(number) if number.isdecimal() else 0), bool(kernel)
