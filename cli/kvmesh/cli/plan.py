@@ -9,6 +9,7 @@ from kvmesh.cli.errors import FAILED
 from kvmesh.cli.options import Json, command
 from kvmesh.cli.plan_compare import budget, plan
 from kvmesh.cli.plan_waterfall import waterfall
+from kvmesh.cli.plan_workloads import workloads
 from kvmesh.cli.progress import progress_bar
 from kvmesh.cli.render import console, print_json, print_table
 
@@ -97,4 +98,5 @@ def _cells(row: "CalibrationRow") -> tuple[str, ...]:
 app.callback(invoke_without_command=True)(plan)
 app.command()(budget)
 app.command()(waterfall)
+app.command()(workloads)
 app.command()(validate)

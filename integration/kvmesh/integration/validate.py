@@ -143,8 +143,7 @@ def file_sources(path: Path) -> tuple["RowSource", ...]:
     """Of a file with published runs of one's own; raises RowsError if it cannot be used."""
     rows = read_rows(path)
     return tuple(
-        lambda made=made: map(_serving, made(rows))
-        for made in (closed_rows, servings, tail_rows)
+        lambda made=made: map(_serving, made(rows)) for made in (closed_rows, servings, tail_rows)
     )
 
 
