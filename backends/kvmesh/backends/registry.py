@@ -17,6 +17,9 @@ AUTO = "auto"
 _BUILT_IN = {
     "cpu": "kvmesh.backends.cpu.backend:CpuBackend",
     "lpu": "kvmesh.backends.lpu.backend:LpuBackend",
+    "simulated": "kvmesh.backends.simulated.backend:SimulatedBackend",
+    "blackwell": "kvmesh.backends.simulated.backend:blackwell",
+    "rubin": "kvmesh.backends.simulated.backend:rubin",
 }
 _AUTO_ORDER = ("cpu",)  # fastest first; only backends that measure real time
 

@@ -43,6 +43,10 @@ class LpuClock:
         cycles += self.shared * context * max(0, shape.prefill_tokens - 1)
         return cycles / self.chip.clock_hz
 
+    def idle_seconds(self, shape: StepShape) -> float:
+        """No host takes part in a schedule."""
+        return 0.0
+
     def estimate(self) -> Estimate:
         """A line that is exact for one decoding sequence, and near for others."""
         hz = self.chip.clock_hz

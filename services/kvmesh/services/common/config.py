@@ -70,6 +70,15 @@ class KvCacheConfig(Section):
     replicas: Annotated[int, Field(ge=1)] = 1
 
 
+class SimulateConfig(Section):
+    """What a simulated backend's device is; empty: what the backend's name says."""
+
+    device: str = ""  # a device's name ('kvmesh devices list') or a file of your own
+    count: Annotated[int, Field(ge=1)] = 1  # devices that act as one
+    model: str = ""  # a model's shape whose steps are timed; the tokens stay those of the mesh's
+    weights: str = "bf16"  # format of its weights
+
+
 class WorkerConfig(Section):
     role: Role = "both"
     count: Annotated[int, Field(ge=1)] = 1
@@ -83,6 +92,7 @@ class WorkerConfig(Section):
     prefill_chunk: Annotated[int, Field(ge=1)] = 256  # most prompt tokens while others decode
     threads: Annotated[int, Field(ge=1)] = 1
     spin: bool = False
+    simulate: SimulateConfig = SimulateConfig()
 
 
 class GatewayConfig(Section):
