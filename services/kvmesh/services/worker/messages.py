@@ -10,6 +10,7 @@ from kvmesh.services.kvcache.keys import root_key
 from kvmesh.services.worker.engine import Load
 from kvmesh.services.worker.sampler import Logprob
 from kvmesh.services.worker.sequence import Finish, Sequence, Update, Work
+from kvmesh.services.worker.timeline import SimulatedTrace, TransferTime
 from kvmesh.v1 import common_pb2, inference_pb2, worker_pb2
 
 MAX_REQUEST_ID_BYTES = 128
@@ -68,7 +69,21 @@ def to_work(submit: worker_pb2.Submit, spec: ModelSpec, receipt: Receipt) -> Wor
         shards=tuple(submit.shard_addresses),
         tail_address=submit.tail_address,
         trace=receipt.trace,
+        simulated=_simulated_trace(submit),
+        source=TransferTime(submit.source.base_s, submit.source.byte_s),
     )
+
+
+def _simulated_trace(submit: worker_pb2.Submit) -> SimulatedTrace | None:
+    if not submit.HasField("simulated"):
+        return None
+    return SimulatedTrace(pairs_of(submit.simulated.context), submit.simulated.start_ns)
+
+
+def pairs_of(context: common_pb2.TraceContext) -> tuple[tuple[str, str], ...]:
+    """As call metadata has them."""
+    pairs = (("traceparent", context.traceparent), ("tracestate", context.tracestate))
+    return tuple(pair for pair in pairs if pair[1])
 
 
 def token_update(update: Update) -> worker_pb2.TokenUpdate:

@@ -198,6 +198,8 @@ class WorkerService:
             devices=model.device.count,
             price_usd_h=price_usd_h,
             price_source=price_source,
+            transfer_base_s=model.device.transfer_base_s,
+            transfer_byte_s=model.device.transfer_byte_s,
         )
         link = Link(self._context.mesh_address, self._context.security)
         self._lease = MembershipLease(link, member, self._deadlines)
