@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmesh.services.traces.query import MAX_LIMIT, Filter
-from kvmesh.services.traces.spans import Span
+from kvmesh.services.traces.spans import SIMULATED, Span
 from kvmesh.services.traces.summary import ROUTER_SERVICE, Part, TraceSummary
 
 SCHEMA_VERSION = 1
@@ -216,10 +216,12 @@ class SpanReader:
         Raises LookupError, which names the candidates, if none or several fit.
         """
         if wanted == "last":
-            newest = self.newest(Filter(), 1)
+            newest = self.newest(Filter(), 2)
             if not newest:
                 raise LookupError("no request is stored yet")
-            return newest[0].trace_id
+            # A trace by a simulated clock begins with its measured twin, which has all the spans.
+            measured = [trace for trace in newest if trace.clock != SIMULATED]
+            return (measured or newest)[0].trace_id
         low = wanted.lower()
         rows = self._db.execute(
             "SELECT trace_id FROM traces WHERE substr(trace_id, 1, ?) = ? LIMIT 6", [len(low), low]
@@ -239,6 +241,17 @@ class SpanReader:
             [trace_id, trace_id],
         ).fetchall()
         return [s for row in rows if (s := self.summary(row["id"])) and row["id"] != trace_id]
+
+    def simulated(self, trace_id: str) -> str:
+        """The id of the same request by its simulated devices' clocks, be it this one's own.
+
+        Raises LookupError if it has none.
+        """
+        own = self.summary(trace_id)
+        for trace in [*([own] if own is not None else []), *self.linked(trace_id)]:
+            if trace.clock == SIMULATED:
+                return trace.trace_id
+        raise LookupError(f"trace {trace_id} has no simulated times: its devices are measured")
 
     def summary(self, trace_id: str) -> TraceSummary | None:
         row = self._db.execute(
