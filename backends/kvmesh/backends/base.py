@@ -112,12 +112,14 @@ class Simulation:
     device: a device file's name, or a path to one. count: devices that act as one.
     model: a shape whose steps are timed instead of the checkpoint's, which still says the tokens.
     weights: format of the weights that are timed (architectures.WEIGHT_BYTES).
+    ffn_device: another device that runs the FFN of each layer; `device` then does the rest.
     """
 
     device: str = ""
     count: int = 1
     model: str = ""
     weights: str = "bf16"
+    ffn_device: str = ""
 
 
 @dataclass(frozen=True, slots=True)

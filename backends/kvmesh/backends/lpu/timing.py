@@ -4,9 +4,11 @@ import functools
 from dataclasses import dataclass
 
 from kvmesh.backends.base import DeviceInfo, Estimate, StepShape
+from kvmesh.backends.devices.library import load_device
 from kvmesh.backends.lpu.chip import LpuChip
 from kvmesh.backends.lpu.compile import CHIP, compile_model
 from kvmesh.backends.lpu.shapes import ModelShape, Placement
+from kvmesh.backends.simulated.device import device_info
 
 _SHORT, _LONG = 64, 1024  # tokens of context
 _WIDE = 8  # tokens of one program
@@ -93,7 +95,13 @@ def lpu_clock(shape: ModelShape, codec: str) -> LpuClock:
 def _device(placement: Placement) -> DeviceInfo:
     chips, hz = placement.chips, CHIP.clock_hz
     int8 = CHIP.peak_int8_ops_per_cycle * hz * chips
+    priced = device_info(load_device("lpu-v1"), chips, "", 1.0)
     return DeviceInfo(
+        price_per_hour=priced.price_per_hour,
+        price_source=priced.price_source,
+        count=chips,
+        transfer_byte_s=priced.transfer_byte_s,
+        transfer_base_s=priced.transfer_base_s,
         name=f"LPU v1 x {chips}",
         kind="simulated",
         architecture="tsp",

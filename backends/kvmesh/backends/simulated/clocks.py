@@ -8,6 +8,7 @@ from kvmesh.backends.devices.device import Device
 from kvmesh.backends.devices.library import load_device
 from kvmesh.backends.errors import DeviceError
 from kvmesh.backends.simulated.gpu import gpu_clock
+from kvmesh.backends.simulated.split import split_clock
 from kvmesh.backends.simulated.wrapper import StepClock
 
 
@@ -19,7 +20,8 @@ def clock_of(wanted: Simulation, path: Path, codec: str) -> StepClock:
     own = load_shape(str(path))
     timed = load_shape(wanted.model) if wanted.model else None
     device = _by_op(load_device(wanted.device))
-    return gpu_clock(device, own, timed, wanted.count, wanted.weights, codec)
+    clock = gpu_clock(device, own, timed, wanted.count, wanted.weights, codec)
+    return split_clock(clock, load_device(wanted.ffn_device)) if wanted.ffn_device else clock
 
 
 def _by_op(device: Device) -> Device:

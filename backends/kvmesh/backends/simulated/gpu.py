@@ -10,11 +10,10 @@ from kvmesh.backends.cost.estimate import linear_estimate
 from kvmesh.backends.cost.links import host_gap_s
 from kvmesh.backends.cost.memory import plan_memory
 from kvmesh.backends.cost.parallel import Formats, Parallel
-from kvmesh.backends.cost.price import price_of
 from kvmesh.backends.cost.shapes import StepWork
 from kvmesh.backends.cost.step import StepCost
 from kvmesh.backends.devices.device import Device
-from kvmesh.backends.errors import DeviceError
+from kvmesh.backends.simulated.device import device_info
 
 
 def lay_out(model: ModelShape, count: int) -> Parallel:
@@ -68,30 +67,6 @@ class GpuClock:
     @functools.cached_property
     def _estimate(self) -> Estimate:
         return linear_estimate(self.cost)
-
-
-def device_info(device: Device, count: int, name: str, kv_ratio: float) -> DeviceInfo:
-    """A simulated device file, `count` times, as the mesh sees it."""
-    try:
-        price = price_of(device)
-        per_hour, source = price.per_hour, f"{price.preset}: {price.source}"
-    except DeviceError:
-        per_hour, source = 0.0, ""
-    out, power = device.scale_out, device.power.all_in_w or device.power.tgp_w
-    return DeviceInfo(
-        name=name,
-        kind="simulated",
-        architecture=device.architecture,
-        memory_bytes=int(device.memory.bytes.value) * count,
-        bandwidth_bytes_s=device.memory.bandwidth_bytes_s.value * count,
-        peak_flops=tuple((dtype, peak.value * count) for dtype, peak in device.peak.items()),
-        power_w=power.value * count if power else 0.0,
-        price_per_hour=per_hour,
-        price_source=source,
-        count=count,
-        transfer_byte_s=kv_ratio / (out.bandwidth_bytes_s.value * count),
-        transfer_base_s=out.latency_s.value if out.latency_s else 0.0,
-    )
 
 
 def gpu_clock(

@@ -15,9 +15,6 @@ from kvmesh.services.router.index import Match, PrefixIndex
 from kvmesh.services.router.speculation import Speculation
 from kvmesh.services.router.workers import WorkerTable
 
-# A decode worker computes a long prompt itself only if every hand-over would take this many times
-# as long: its own prefill would hold up what it decodes.
-HANDOVER_PATIENCE = 2.0
 SPECULATION_S = 2.0  # beyond the predicted time to the first token
 
 
@@ -51,6 +48,7 @@ class RouterCore:
 
     def __init__(self, config: RouterConfig, model: CostModel | None = None) -> None:
         self._handover_min = config.handover_min_tokens
+        self._patience = config.handover_patience
         self._speculation = Speculation()
         self.model = model or CostModel()
         self.index = PrefixIndex(config.index_bytes)
@@ -74,7 +72,7 @@ class RouterCore:
         output = min(query.max_tokens, self.model.expected_output)
         pairs = self._pairs(query, places, output) if query.handover else []
         singles = self._singles(places, output)
-        _reject_slow_prefill(singles, pairs)
+        _reject_slow_prefill(singles, pairs, self._patience)
         return _decide(query, [*singles, *pairs])
 
     def expect(self, query: RouteQuery, chosen: Candidate, now: float) -> None:
@@ -150,15 +148,18 @@ class RouterCore:
         return ""
 
 
-def _reject_slow_prefill(singles: Sequence[Candidate], pairs: Sequence[Candidate]) -> None:
-    """Keeps long prompts off workers that decode, while a hand-over is not much slower."""
+def _reject_slow_prefill(
+    singles: Sequence[Candidate], pairs: Sequence[Candidate], patience: float
+) -> None:
+    """Keeps long prompts off workers that decode, unless every hand-over would take `patience`
+    times as long: their own prefill would hold up what they decode."""
     usable = [pair for pair in pairs if not pair.rejected]
     fastest = min((pair.total_s for pair in usable), default=math.inf)
     paired = {pair.decode_worker for pair in usable}
     for alone in singles:
         if alone.rejected or alone.decode_worker not in paired:
             continue
-        if fastest <= HANDOVER_PATIENCE * alone.total_s:
+        if fastest <= patience * alone.total_s:
             alone.rejected = f"{alone.prompt.uncached} uncached tokens: hand over after prefill"
 
 

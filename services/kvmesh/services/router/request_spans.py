@@ -196,9 +196,10 @@ def _cost(usage: inference_pb2.Usage) -> dict[str, str | float]:
         parts = (split.queue_usd, split.prefill_usd, split.decode_usd, split.kv_usd)
         found |= dict(zip(names.COST_SPLIT, parts, strict=True))
         found[names.COST_USD] = usage.cost_usd
+        prices = {stay.price_usd_h for stay in usage.devices}
         # Of workers with different prices: their mean, by device seconds.
-        seconds = usage.device_s
-        found[names.COST_PRICE] = usage.cost_usd / seconds * HOUR_S if seconds else 0.0
+        mean = usage.cost_usd / usage.device_s * HOUR_S if usage.device_s else 0.0
+        found[names.COST_PRICE] = prices.pop() if len(prices) == 1 else mean
     if usage.cost_kind == SIMULATED:
         found[names.SIMULATED_FIRST] = usage.simulated_ttft_s
         found[names.SIMULATED_DURATION] = usage.simulated_duration_s
