@@ -2,14 +2,15 @@
 #   make demo   set up, then watch a model answer through a mesh
 #   make test   set up with the test tools, then run every test
 #   make lint   ruff, mypy (strict), pyright
+#   make oip-client   an environment of its own for Triton's client, which one test runs
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 SOURCES := services backends kernels cli integration
-PROTOS := $(wildcard protos/kvmesh/v1/*.proto) protos/hatch_build.py
+PROTOS := $(wildcard protos/kvmesh/*/*.proto) protos/hatch_build.py
 
-.PHONY: demo test lint format install bench clean requirements
+.PHONY: demo test lint format install bench clean requirements oip-client
 
 demo: $(VENV)/installed
 	$(BIN)/kvmesh demo
@@ -28,6 +29,15 @@ lint: $(VENV)/installed-dev
 format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Triton's client wants protobuf 6, kvmesh takes newer ones too: so it has an environment of its own.
+oip-client: $(VENV)/oip-client/installed
+
+$(VENV)/oip-client/installed: $(VENV)/packages
+	$(PYTHON) -m venv $(VENV)/oip-client
+	$(VENV)/oip-client/bin/python -m pip install --quiet --quiet --disable-pip-version-check \
+	  "tritonclient[grpc]>=2.60"
+	touch $@
 
 bench: $(VENV)/installed
 	$(BIN)/kvmesh bench mesh

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import trustme
 from tokenizers import Tokenizer
 
 from kvmesh.integration.launch import Mesh, running_mesh
@@ -18,6 +19,7 @@ from kvmesh.services.common.config import (
     MeshConfig,
     ModelConfig,
     RouterConfig,
+    SecurityConfig,
     WorkerConfig,
 )
 from kvmesh.services.router.client import InferenceClient
@@ -34,6 +36,22 @@ def mesh_config(workers: Sequence[WorkerConfig] = (), **parts: object) -> MeshCo
     router = parts.pop("router", RouterConfig(port=0))
     defaults = MeshConfig().workers
     return MeshConfig(router=router, workers=tuple(workers) or defaults, **parts)  # type: ignore[arg-type]
+
+
+def issue(directory: Path) -> SecurityConfig:
+    """An authority, a certificate for loopback, and a token, as files in `directory`."""
+    authority = trustme.CA()
+    cert = authority.issue_cert("127.0.0.1", "localhost")
+    authority.cert_pem.write_to_path(str(directory / "ca.pem"))
+    cert.private_key_pem.write_to_path(str(directory / "key.pem"))
+    cert.cert_chain_pems[0].write_to_path(str(directory / "cert.pem"))
+    (directory / "token").write_text("s3cret-token\n")
+    return SecurityConfig(
+        cert=directory / "cert.pem",
+        key=directory / "key.pem",
+        ca=directory / "ca.pem",
+        token_file=directory / "token",
+    )
 
 
 @asynccontextmanager

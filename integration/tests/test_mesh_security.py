@@ -3,14 +3,13 @@
 from pathlib import Path
 
 import pytest
-import trustme
-from meshes import mesh_config, prompts
+from meshes import issue, mesh_config, prompts
 
 from kvmesh.integration.launch import running_mesh
 from kvmesh.integration.launch_state import traces_path
 from kvmesh.integration.loadgen import run_request, token_request
 from kvmesh.services.common.client import Link
-from kvmesh.services.common.config import MeshConfig, RouterConfig, SecurityConfig, WorkerConfig
+from kvmesh.services.common.config import MeshConfig, RouterConfig, WorkerConfig
 from kvmesh.services.common.errors import ConfigError
 from kvmesh.services.common.security import Security
 from kvmesh.services.router.client import InferenceClient
@@ -19,21 +18,6 @@ from kvmesh.services.traces.store import SpanReader
 from kvmesh.v1 import common_pb2
 
 GREEDY = common_pb2.SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
-
-
-def issue(directory: Path) -> SecurityConfig:
-    authority = trustme.CA()
-    cert = authority.issue_cert("127.0.0.1", "localhost")
-    authority.cert_pem.write_to_path(str(directory / "ca.pem"))
-    cert.private_key_pem.write_to_path(str(directory / "key.pem"))
-    cert.cert_chain_pems[0].write_to_path(str(directory / "cert.pem"))
-    (directory / "token").write_text("s3cret-token\n")
-    return SecurityConfig(
-        cert=directory / "cert.pem",
-        key=directory / "key.pem",
-        ca=directory / "ca.pem",
-        token_file=directory / "token",
-    )
 
 
 async def ask(address: str, security: Security) -> str:

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from starlette.types import Message
 
+from kvmesh.services.common.callers import Callers
 from kvmesh.services.common.config import GatewayConfig
 from kvmesh.services.common.errors import InvalidRequest
 from kvmesh.services.common.security import Security
@@ -43,6 +44,7 @@ class FakeMesh:
         self.error_after: int = script.get("error_after", 0)
         self.hold: bool = script.get("hold", False)
         self.requests: list[inference_pb2.GenerateRequest] = []
+        self.behalves: list[str] = []
         self.open = 0
         self.closed = asyncio.Event()
 
@@ -85,6 +87,10 @@ class FakeMesh:
             )
         return response
 
+    def on_behalf(self, authorization: str) -> "FakeMesh":
+        self.behalves.append(authorization)
+        return self
+
     async def list_models(self) -> inference_pb2.ListModelsResponse:
         if self.error is not None:
             raise self.error
@@ -119,11 +125,12 @@ class Reply:
         return [json.loads(data) if data.startswith("{") else data for data in datas]
 
 
-def edge_of(mesh: FakeMesh, token: str | None = None, **config: Any) -> Edge:
+def edge_of(mesh: FakeMesh, callers: Callers | None = None, **config: Any) -> Edge:
     telemetry = Telemetry("gateway", "gateway", None)
     return Edge(
-        mesh, Bytes(), telemetry, GatewayConfig(**config), "router:1", token, fingerprint="fp_test"
-    )
+        mesh, Bytes(), telemetry, GatewayConfig(**config), "router:1", callers or Callers(),
+        fingerprint="fp_test",
+    )  # fmt: skip
 
 
 @dataclass
@@ -180,9 +187,11 @@ class Caller:
 
 
 @asynccontextmanager
-async def served(mesh: FakeMesh, **config: Any) -> AsyncIterator[tuple[str, int]]:
+async def served(
+    mesh: FakeMesh, callers: Callers | None = None, **config: Any
+) -> AsyncIterator[tuple[str, int]]:
     """The address of an edge that listens."""
-    edge = edge_of(mesh, **config)
+    edge = edge_of(mesh, callers, **config)
     server = HttpListener("127.0.0.1", 0, make_app(edge), edge.config).open(Security())
     try:
         parts = urlsplit(await server.bind())

@@ -103,7 +103,7 @@ def test_reflection_lists_services_and_methods(server):
     assert set(server.services()) == {TOKENIZER, "kvmesh.v1.KvCache"}
     assert [m.name for m in server.find(TOKENIZER).methods] == ["Encode", "Decode", "Detokenize"]
     fields = server.find("kvmesh.v1.EncodeRequest").fields
-    assert [field.name for field in fields] == ["text", "chat"]
+    assert [field.name for field in fields] == ["text", "chat", "cache_salt"]
 
 
 def test_reflection_calls_all_four_kinds_of_method(server):
@@ -122,7 +122,7 @@ def test_reflection_types_are_the_servers_not_ours(server):
     assert server.find("kvmesh.v1.EncodeRequest") is not default
     described = descriptor_pb2.DescriptorProto()
     server.find("kvmesh.v1.EncodeRequest").CopyToProto(described)
-    assert [field.name for field in described.field] == ["text", "chat"]
+    assert [field.name for field in described.field] == ["text", "chat", "cache_salt"]
 
 
 def test_reflection_status_of_a_failed_call(server):

@@ -5,7 +5,6 @@ import pytest
 from kvmesh.services.common.errors import ConfigError
 from kvmesh.services.common.security import (
     Security,
-    TokenCheck,
     check_binding,
     is_loopback,
     load_security,
@@ -19,21 +18,14 @@ def test_loopback_needs_nothing(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org", ""])
-def test_other_addresses_need_tls_and_a_token(host: str) -> None:
+def test_other_addresses_need_tls_a_token_and_keys(host: str) -> None:
     with pytest.raises(ConfigError, match="needs a certificate"):
         check_binding(host, Security())
     with pytest.raises(ConfigError, match="needs a token"):
         check_binding(host, Security(cert=b"c", key=b"k", ca=b"a"))
-    check_binding(host, Security(cert=b"c", key=b"k", ca=b"a", token="t"))
-
-
-def test_token_check() -> None:
-    check = TokenCheck("s3cret")
-    assert check.allows([("authorization", "Bearer s3cret")])
-    assert not check.allows([("authorization", "Bearer s3cre")])
-    assert not check.allows([("authorization", "s3cret")])
-    assert not check.allows([])
-    assert not check.allows(None)
+    with pytest.raises(ConfigError, match="needs API keys"):
+        check_binding(host, Security(cert=b"c", key=b"k", ca=b"a", token="t"))
+    check_binding(host, Security(cert=b"c", key=b"k", ca=b"a", token="t", keys=True))
 
 
 def test_a_token_is_never_in_the_repr() -> None:
@@ -48,6 +40,9 @@ def test_files_and_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("KVMESH_TOKEN", "from-env")
     assert load_security(None, None, None, file).token == "from-env"
     monkeypatch.delenv("KVMESH_TOKEN")
+    with pytest.raises(ConfigError, match="keys_file needs a token"):
+        load_security(None, None, None, None, tmp_path / "keys.json")
+    assert load_security(None, None, None, file, tmp_path / "keys.json").keys
     file.write_text("\n")
     with pytest.raises(ConfigError, match="is empty"):
         load_security(None, None, None, file)

@@ -1,11 +1,15 @@
 """OpenAI's endpoints on a scripted mesh: each field, each refusal, each error, both answers."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
 from gateway_fakes import WAIT_S, Caller, FakeMesh, Reply, edge_of
+from span_sink import SpanSink
 
+from kvmesh.services.common.api_keys import add_key
+from kvmesh.services.common.callers import Callers
 from kvmesh.services.common.errors import (
     ContextExceeded,
     Corrupt,
@@ -17,6 +21,8 @@ from kvmesh.services.common.errors import (
     Unauthenticated,
     Unavailable,
 )
+from kvmesh.services.common.key_file import KeyFile, changing
+from kvmesh.services.common.telemetry import Telemetry
 from kvmesh.v1 import inference_pb2
 
 CHAT = "/v1/chat/completions"
@@ -366,12 +372,46 @@ async def test_urls_and_methods_that_do_not_exist() -> None:
 
 
 async def test_a_token_is_the_api_key() -> None:
-    caller = Caller(edge_of(FakeMesh(), token="s3cret"))
+    mesh = FakeMesh()
+    caller = Caller(edge_of(mesh, Callers("s3cret")))
     assert (await caller.get("/v1/models")).error["code"] == "invalid_api_key"
     wrong = await caller.get("/v1/models", authorization="Bearer other")
-    assert wrong.status == 401
+    assert (wrong.status, wrong.headers["connection"]) == (401, "close")
     assert (await caller.get("/v1/models", authorization="Bearer s3cret")).status == 200
     assert (await caller.get("/health")).status == 200
+    assert mesh.behalves == ["Bearer s3cret"]
+
+
+async def test_keys_of_tenants(tmp_path: Path) -> None:
+    with changing(tmp_path / "keys") as held:
+        held[0], key = add_key(held[0], "acme", {}, 0)
+        held[0], off = add_key(held[0], "beta", {}, 0)
+        disabled = held[0].tenants["beta"].model_copy(update={"disabled": True})
+        tenants = {**held[0].tenants, "beta": disabled}
+        held[0] = held[0].model_copy(update={"tenants": tenants})
+    mesh, sink = FakeMesh(), SpanSink()
+    edge = edge_of(mesh, Callers("s3cret", KeyFile(tmp_path / "keys")))
+    edge.telemetry = Telemetry("gateway", "gateway", sink.senders)
+    caller = Caller(edge)
+    body = {"model": "mini", "messages": USER}
+    reply = await caller.post(CHAT, body, authorization=f"Bearer {key}")
+    assert reply.status == 200
+    assert mesh.behalves == [f"Bearer {key}"]  # the router is asked as the caller
+    refused = await caller.post(CHAT, body, authorization=f"Bearer {off}")
+    assert (refused.status, refused.error["code"]) == (403, "permission_denied")
+    unknown = await caller.post(CHAT, body, authorization=f"Bearer {key[:-1]}")
+    assert (unknown.status, unknown.error["type"]) == (401, "invalid_request_error")
+    assert len(mesh.requests) == 1
+    edge.telemetry.close()
+    named = [record["attributes"].get("kvmesh.tenant") for record in sink.records]
+    assert len(named) == 3 and sorted(map(str, named)) == ["None", "None", "acme"]
+    assert not any(secret in str(sink.records) for secret in (key, off, "SECRET"))
+
+
+async def test_an_edge_that_asks_for_nothing_passes_nothing_on() -> None:
+    mesh = FakeMesh()
+    reply = await Caller(edge_of(mesh)).get("/v1/models", authorization="Bearer any")
+    assert reply.status == 200 and mesh.behalves == []
 
 
 async def test_draining_takes_no_new_requests() -> None:

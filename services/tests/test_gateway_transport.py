@@ -6,12 +6,18 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from gateway_fakes import WAIT_S, FakeMesh, exchange, served
+from gateway_fakes import WAIT_S, FakeMesh, edge_of, exchange, served
+from scraping import one, scraped
 
+from kvmesh.services.common.callers import Callers
 from kvmesh.services.common.config import GatewayConfig
 from kvmesh.services.common.errors import ConfigError
+from kvmesh.services.common.metrics import Meters
 from kvmesh.services.common.security import Security
-from kvmesh.services.gateway.transport import HttpListener, HttpServer
+from kvmesh.services.gateway.app import make_app
+from kvmesh.services.gateway.metrics import EdgeMetrics, show_edge
+from kvmesh.services.gateway.service import Door
+from kvmesh.services.gateway.transport import Connections, HttpListener, HttpServer
 
 
 def code_of(body: bytes) -> Any:
@@ -42,6 +48,57 @@ async def test_a_slow_head_and_a_slow_body_end() -> None:
         post = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\nabc"
         status, body = await exchange(address, post)
     assert status == 408 and "body" in code_of(body)["message"]
+
+
+async def test_a_caller_without_a_key_is_not_read_from() -> None:
+    """The refusal comes before the body, and closes: a body in drops would hold a connection."""
+    async with served(FakeMesh(), Callers("s3cret")) as address:
+        post = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 900\r\n\r\nabc"
+        status, body = await exchange(address, post)
+    assert (status, code_of(body)["code"]) == (401, "invalid_api_key")
+
+
+async def test_an_edge_that_starts_is_not_read_from() -> None:
+    server = HttpListener("127.0.0.1", 0, Door(), GatewayConfig()).open(Security())
+    try:
+        parts = urlsplit(await server.bind())
+        assert parts.hostname and parts.port
+        post = b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 900\r\n\r\nabc"
+        status, body = await exchange((parts.hostname, parts.port), post)
+    finally:
+        await server.stop(0)
+    assert (status, code_of(body)["code"]) == (503, "service_unavailable")
+
+
+async def test_metrics_of_the_edge() -> None:
+    meters, connections = Meters("gateway", "gateway"), Connections()
+    edge = edge_of(FakeMesh())
+    edge.metrics = EdgeMetrics(meters)
+    show_edge(meters, edge.metrics, lambda: connections.open)
+    listener = HttpListener("127.0.0.1", 0, make_app(edge), edge.config, connections=connections)
+    server = listener.open(Security())
+    try:
+        parts = urlsplit(await server.bind())
+        assert parts.hostname and parts.port
+        address = parts.hostname, parts.port
+        await exchange(address, b"GET /v1/models HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+        await exchange(address, b"MADE-UP /x HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n")
+        _, writer = await asyncio.open_connection(*address)
+        async with asyncio.timeout(WAIT_S):
+            while not connections.open:
+                await asyncio.sleep(0)
+        found = await asyncio.to_thread(scraped, meters.serve(0))
+        writer.close()
+    finally:
+        meters.close()
+        await server.stop(0)
+    count = "http_server_request_duration_seconds_count"
+    labels = {"http_route": "/v1/models", "http_response_status_code": "200"}
+    assert one(found, count, **labels, http_request_method="GET") == 1
+    assert sum(value for _, value in found[count]) == 1  # what is no HTTP is no request
+    assert one(found, "kvmesh_gateway_first_byte_seconds_count", **labels) == 1
+    assert one(found, "http_server_active_requests") == 0
+    assert one(found, "kvmesh_gateway_connections") == 1
 
 
 async def test_blank_lines_between_requests_do_not_keep_a_connection() -> None:

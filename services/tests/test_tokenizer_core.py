@@ -2,6 +2,7 @@
 
 import json
 import random
+import secrets
 from collections.abc import Callable
 from datetime import datetime
 from functools import cache
@@ -63,6 +64,10 @@ def test_cached_prefixes_never_change_the_ids(kind: str, text: str, data: st.Dat
         assert encoded.ids == tokenizer.encode(prompt, add_special_tokens=False).ids
         assert encoded.cached_chars <= len(prompt)
     assert prefixes.encode(text).cached_chars >= cacheable(text)
+    salt = secrets.token_hex(8)
+    foreign = prefixes.encode(text, salt)  # not faster for what others have sent
+    assert foreign.ids == prefixes.encode(text).ids and foreign.cached_chars == 0
+    assert prefixes.encode(text, salt).cached_chars >= cacheable(text)
 
 
 def cacheable(text: str) -> int:

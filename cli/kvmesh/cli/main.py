@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from kvmesh.cli import bench, devices, evaluate, grpc_call, kv, lpu, model, plan, trace
+from kvmesh.cli import bench, devices, evaluate, grpc_call, keys, kv, lpu, model, plan, trace
 from kvmesh.cli.chat import chat
 from kvmesh.cli.demo import demo
 from kvmesh.cli.doctor import doctor
@@ -44,6 +44,7 @@ for command in (up, down, status, top, generate, chat, route, models, doctor, de
     app.command()(command)
 app.command(hidden=True)(serve)
 app.add_typer(kv.app, name="kv")
+app.add_typer(keys.app, name="keys")
 app.add_typer(trace.app, name="trace")
 app.add_typer(grpc_call.app, name="grpc")
 app.add_typer(bench.app, name="bench")

@@ -6,12 +6,13 @@ import typer
 
 from kvmesh.cli.errors import FAILED
 from kvmesh.cli.options import Json, command
+from kvmesh.cli.plan_compare import budget, plan
 from kvmesh.cli.render import console, print_json, print_table
 
 if TYPE_CHECKING:
     from kvmesh.integration.validate import CalibrationRow
 
-app = typer.Typer(no_args_is_help=True, help="Plan devices, time and cost; all of it simulated.")
+app = typer.Typer(help="Plan devices, time and cost; all of it simulated.")
 
 
 @command
@@ -28,10 +29,14 @@ def validate(
         print_json({"simulated": True, "ok": not beyond, "rows": [_plain(row) for row in rows]})
     else:
         shown = [row for row in rows if kernels or "." not in row.id]
-        columns = ("row", "case", "unit", ">published", ">predicted", ">error", ">tolerance", "")
+        columns = (
+            "row", "case", "unit", ">published", ">predicted", ">error", ">tolerance", "tag", "",
+        )  # fmt: skip
         print_table("", columns, [_cells(row) for row in shown])
         hidden = len(rows) - len(shown)
         more = f"; {hidden} kernels not shown, --kernels shows them" if hidden else ""
+        for row in beyond:
+            console().print(f"\n{row.id} {row.case}: {row.why or 'no reason is known'}")
         console().print(f"\nsimulated; {len(beyond)} of {len(rows)} beyond tolerance{more}")
     if beyond:
         raise typer.Exit(FAILED)
@@ -47,6 +52,11 @@ def _plain(row: "CalibrationRow") -> dict[str, Any]:
         "error": row.error,
         "tolerance": row.tolerance if row.tolerance != float("inf") else None,
         "within": row.within,
+        "tag": row.tag,
+        "source": row.source,
+        "fitted": row.fitted,
+        "held_out": not row.fitted,
+        "why": row.why,
     }
 
 
@@ -60,8 +70,11 @@ def _cells(row: "CalibrationRow") -> tuple[str, ...]:
         f"{row.predicted:,.4g}",
         f"{row.error:+.1%}",
         f"{row.tolerance:.1%}" if limited else "",
-        "" if row.within else "beyond",
+        row.tag,
+        "beyond" if not row.within else "fitted" if row.fitted else "",
     )
 
 
+app.callback(invoke_without_command=True)(plan)
+app.command()(budget)
 app.command()(validate)

@@ -39,7 +39,7 @@ def _row(member: "inference_pb2.MemberStatus") -> tuple[object, ...]:
         member.kind,
         member.role,
         member.state,
-        member.address,
+        " ".join((member.address, *member.other_addresses)),
         member.device + (" (simulated)" if member.simulated else ""),
         f"{member.lease_left_s:.1f} s" if member.lease_left_s else "",
         member.running if worker else "",

@@ -243,6 +243,8 @@ def print_members(state: "MeshState") -> None:
     console().print(f"\nready at [bold]{state.public_address}[/bold] (gRPC)")
     if state.http_url:
         console().print(f"OpenAI's API at [bold]{state.http_url}/v1[/bold]")
+    if state.oip_address:
+        console().print(f"Open Inference Protocol at [bold]{state.oip_address}[/bold] (gRPC)")
 
 
 @command

@@ -101,6 +101,12 @@ class Mesh:
         return next(iter(gateway.addresses), "") if gateway is not None else ""
 
     @property
+    def oip_address(self) -> str:
+        """Of the Open Inference Protocol; empty without it, or until it listens."""
+        gateway = self.members.get(GATEWAY)
+        return next(iter(gateway.addresses[1:]), "") if gateway is not None else ""
+
+    @property
     def mesh_address(self) -> str:
         """Where members reach the router; empty until it listens."""
         return next(iter(self.members[ROUTER].addresses[1:]), "")
@@ -191,6 +197,7 @@ class Mesh:
             public_address=self.public_address,
             mesh_address=self.mesh_address,
             http_url=self.http_url,
+            oip_address=self.oip_address,
             config=self.config,
             members=tuple(_member_state(process) for process in self.members.values()),
         )
@@ -322,7 +329,7 @@ async def running_mesh(
 
 def _security(config: MeshConfig) -> Security:
     files = config.security
-    security = load_security(files.cert, files.key, files.ca, files.token_file)
+    security = load_security(files.cert, files.key, files.ca, files.token_file, files.keys_file)
     check_binding(config.host, security)
     return security
 

@@ -105,7 +105,7 @@ def run_member(job: MemberJob, tie: LauncherTie) -> None:
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
     files = job.config.security
-    security = load_security(files.cert, files.key, files.ca, files.token_file)
+    security = load_security(files.cert, files.key, files.ca, files.token_file, files.keys_file)
     if job.kind == TRACES:
         _run_traces(job, tie, security)
         return

@@ -56,6 +56,7 @@ class MeshState:
     config: MeshConfig
     members: tuple[MemberState, ...]
     http_url: str = ""  # of the HTTP edge; empty without one
+    oip_address: str = ""  # host:port of the Open Inference Protocol; empty without it
 
     def alive(self) -> bool:
         """Whether the launcher that wrote this still runs."""
@@ -102,7 +103,8 @@ def absolute_paths(config: MeshConfig) -> MeshConfig:
         return path.expanduser().absolute() if path is not None else None
 
     files = config.security
-    security = {key: absolute(getattr(files, key)) for key in ("cert", "key", "ca", "token_file")}
+    named = ("cert", "key", "ca", "token_file", "keys_file")
+    security = {key: absolute(getattr(files, key)) for key in named}
     model = {key: absolute(getattr(config.model, key)) for key in ("path", "codec_check")}
     return config.model_copy(
         update={
@@ -131,6 +133,7 @@ def _record(state: MeshState) -> dict[str, Any]:
         "public_address": state.public_address,
         "mesh_address": state.mesh_address,
         "http_url": state.http_url,
+        "oip_address": state.oip_address,
         "members": [asdict(member) for member in state.members],
         "config": state.config.model_dump(mode="json"),
     }

@@ -6,17 +6,23 @@ ROWS; each is called once and may give any number of rows.
 
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvmesh.backends.cost.price import dollars_per_mtok
 from kvmesh.backends.devices import load_device
+from kvmesh.backends.lpu.compile import compile_model
+from kvmesh.backends.lpu.shapes import find_shape
 from kvmesh.integration.calibration.kernels import Kernel, kernel_cases
+from kvmesh.integration.calibration.servings import servings
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationRow:
     """published, predicted: in `unit`. error: relative, or for a row that sums others up, the
-    median of their absolute errors. tolerance: the most that abs(error) may be."""
+    median of their absolute errors. tolerance: the most that abs(error) may be. tag, source: of
+    what was published. fitted: the constant that was fitted on this row; the others are held out.
+    why: what is known about its error.
+    """
 
     id: str
     case: str
@@ -25,6 +31,10 @@ class CalibrationRow:
     predicted: float
     error: float
     tolerance: float
+    tag: str = "X"
+    source: str = ""
+    fitted: str = ""
+    why: str = ""
 
     @property
     def within(self) -> bool:
@@ -37,6 +47,9 @@ def compare(
     """A row whose error is relative to what was published."""
     error = predicted / published - 1
     return CalibrationRow(row_id, case, unit, published, predicted, error, tolerance)
+
+
+_KERNEL_SOURCE = "AIConfigurator 0.12.0 kernel tables"
 
 
 def kernel_rows() -> Iterator[CalibrationRow]:
@@ -56,6 +69,7 @@ def kernel_rows() -> Iterator[CalibrationRow]:
             each.predicted_us,
             each.error,
             float("inf"),
+            source=_KERNEL_SOURCE,
         )
 
 
@@ -64,14 +78,22 @@ def _median(name: str, cases: list[Kernel]) -> CalibrationRow:
     predicted = statistics.median(case.predicted_us for case in cases)
     error = statistics.median(abs(case.error) for case in cases)
     case = f"{name}: median error of {len(cases)}"
-    return CalibrationRow("C1", case, "us", published, predicted, error, 0.15)
+    fitted = {
+        "moe": "compute and memory shares, floor (balanced rows)",
+        "all_to_all": "link share, floors (one-sided rows)",
+        "all_reduce": "link share, floor, one-shot limit",
+    }.get(name, "")
+    return CalibrationRow(
+        "C1", case, "us", published, predicted, error, 0.15, "X", _KERNEL_SOURCE, fitted
+    )
 
 
 def price_rows() -> Iterator[CalibrationRow]:
     """C12: arithmetic, the stated dollars of a stated throughput at a stated price."""
     predicted = dollars_per_mtok(3.76, 3481)
     case = "DeepSeek-R1 Interactive, 3,481 tok/s per GPU at 3.76 dollars per hour"
-    yield compare("C12", case, "$/Mtok", 0.300, predicted, 0.005)
+    row = compare("C12", case, "$/Mtok", 0.300, predicted, 0.005)
+    yield replace(row, source="arithmetic on a published throughput and price")
 
 
 def lpu_rows() -> Iterator[CalibrationRow]:
@@ -87,13 +109,54 @@ def lpu_rows() -> Iterator[CalibrationRow]:
         ("streams", "B/cycle", 20480, 2 * one_way),
         ("memory", "B/cycle", 56320, chip.mem_slices.value * 2 * lanes),
     ):
-        yield compare("C13", case, unit, published, predicted, 0.0)
+        row = compare("C13", case, unit, published, predicted, 0.0)
+        yield replace(row, tag="R", source="ISCA 2020, Think Fast")
+
+
+def lpu_model_rows() -> Iterator[CalibrationRow]:
+    """C14: a model on many chips, compiled and counted in cycles."""
+    compiled = compile_model(find_shape("llama-2-70b"), 576, "fp16")
+    case = f"Llama 2 70B on 576 chips, {compiled.context:,} tokens of context, FP16 cache"
+    row = compare("C14", case, "tok/s/user", 300, 1 / compiled.seconds, 0.20)
+    yield replace(row, tag="C", source="Groq's own claim; context and layout not published")
+
+
+def serving_rows() -> Iterator[CalibrationRow]:
+    """C2 to C11 and C15: whole systems."""
+    for each in servings():
+        error = each.predicted / each.published - 1
+        yield CalibrationRow(
+            each.id,
+            each.case,
+            each.unit,
+            each.published,
+            each.predicted,
+            error,
+            each.tolerance,
+            each.tag,
+            each.source,
+            each.fitted,
+            each.why,
+        )
 
 
 RowSource = Callable[[], Iterator[CalibrationRow]]
-ROWS: tuple[RowSource, ...] = (kernel_rows, price_rows, lpu_rows)
+ROWS: tuple[RowSource, ...] = (
+    kernel_rows,
+    serving_rows,
+    price_rows,
+    lpu_rows,
+    lpu_model_rows,
+)
 
 
 def calibration_rows(sources: tuple[RowSource, ...] = ROWS) -> list[CalibrationRow]:
-    """All rows, in the order of their sources."""
-    return [row for source in sources for row in source()]
+    """All rows, in the order of their numbers."""
+    rows = [row for source in sources for row in source()]
+    return sorted(rows, key=_number)
+
+
+def _number(row: CalibrationRow) -> tuple[int, bool]:
+    """C1 before C1.moe before C2."""
+    number, _, kernel = row.id.removeprefix("C").partition(".")
+    return int(number), bool(kernel)

@@ -19,7 +19,7 @@ class Routing:
     def __init__(self, experts: int, top_k: int, ranks: int, kind: str) -> None:
         self._per_rank = -(-experts // ranks)
         self._share = top_k / ranks
-        self._curve = None if kind == "balanced" else _power_law(experts, top_k, ranks)
+        self._curve = None if kind == "balanced" else _curve(experts, top_k, ranks, kind)
 
     def busiest(self, tokens: float) -> tuple[float, float]:
         """(assignments, experts used) on the busiest rank, of `tokens` tokens of the group."""
@@ -39,17 +39,22 @@ _Curve = tuple[list[float], list[float], list[float]]
 
 
 @functools.cache
-def _power_law(experts: int, top_k: int, ranks: int) -> _Curve:
+def _curve(experts: int, top_k: int, ranks: int, kind: str) -> _Curve:
     """(tokens, busiest rank over the mean, experts used there), ascending in tokens.
 
-    Each expert's popularity is drawn from a density ~ x^-ALPHA; ranks hold consecutive experts.
+    power_law: each expert's popularity is drawn from a density ~ x^-ALPHA. uniform: a token takes
+    any top_k experts, all alike, so that only chance is uneven. Ranks hold consecutive experts.
     The means of a fixed number of draws with a fixed seed: a constant, not a random number.
     """
-    uniform = np.random.default_rng(_SEED).random((_DRAWS, experts))
+    rng = np.random.default_rng(_SEED)
+    uniform = rng.random((_DRAWS, experts))
     at = sorted({round(2 ** (step / 2)) for step in range(2 * _MOST_TOKENS.bit_length() - 1)})
     peaks, used = [], []
     for tokens in at:
-        loads = _loads(uniform, tokens, top_k)
+        if kind == "uniform":
+            loads = rng.binomial(tokens, top_k / experts, (_DRAWS, experts)).astype(np.float64)
+        else:
+            loads = _loads(uniform, tokens, top_k)
         padded = np.zeros((_DRAWS, -(-experts // ranks) * ranks))
         padded[:, :experts] = loads
         per_rank = padded.reshape(_DRAWS, ranks, -1)

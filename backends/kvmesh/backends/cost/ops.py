@@ -6,7 +6,7 @@ seconds of a term = max(math, memory, links) + floor. Each part is a sum of coef
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kvmesh.backends.architectures import WEIGHT_BYTES, ModelShape
 from kvmesh.backends.architectures.shape import Matrix
@@ -81,6 +81,20 @@ class Plan:
 def layer_terms(plan: Plan, dense: float, experts: float) -> Iterator[Term]:
     """Ops of `dense` layers with a plain FFN and `experts` layers with experts."""
     layers = dense + experts
+    # What an all-reduce follows: the attention's output, and the FFN's.
+    reduces = {"output": layers, "ffn_down": dense} if plan.parallel.tensor > 1 else {}
+    overlapped = reduces if plan.options.overlap else {}
+    for term in _layer_terms(plan, dense, experts):
+        count = overlapped.get(term.name, 0.0)
+        yield replace(term, link={F.ALL_REDUCE_S: count}) if count else term
+    alone = 0.0 if overlapped else layers + dense
+    alone += 0 if plan.parallel.exchanges else experts
+    if plan.parallel.tensor > 1:
+        yield Term("all_reduce", link={F.ALL_REDUCE_S: alone})
+
+
+def _layer_terms(plan: Plan, dense: float, experts: float) -> Iterator[Term]:
+    layers = dense + experts
     if plan.model.mla is None:
         yield from _gqa(plan, layers)
     else:
@@ -91,9 +105,6 @@ def layer_terms(plan: Plan, dense: float, experts: float) -> Iterator[Term]:
         yield from _ffn(plan, "ffn", plan.model.ffn / plan.parallel.tensor, dense)
     if experts:
         yield from _moe(plan, experts)
-    reduces = layers + dense + (0 if plan.parallel.exchanges else experts)
-    if plan.parallel.tensor > 1:
-        yield Term("all_reduce", link={F.ALL_REDUCE_S: reduces})
 
 
 def head_terms(plan: Plan, count: float = 1) -> Iterator[Term]:
@@ -324,9 +335,10 @@ def _exchanges(plan: Plan, count: float) -> Iterator[Term]:
 
 
 def exchange_bytes(plan: Plan) -> tuple[float, float]:
-    """Bytes of a token that goes to an expert (in the math's format) and comes back (bf16)."""
+    """Bytes of a token that goes to an expert (in the math's format) and comes back."""
     hidden = plan.model.hidden
-    return hidden * plan.rates.activation_bytes(plan.formats.weights), hidden * 2
+    back = 2 if plan.options.exchange == "bf16" else 1
+    return hidden * plan.rates.activation_bytes(plan.formats.weights), hidden * back
 
 
 def seal_share(tokens: float) -> float:

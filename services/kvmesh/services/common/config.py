@@ -43,6 +43,7 @@ class SecurityConfig(Section):
     key: Path | None = None
     ca: Path | None = None
     token_file: Path | None = None  # KVMESH_TOKEN in the environment wins
+    keys_file: Path | None = None  # API keys of tenants; see common.api_keys
 
 
 class RouterConfig(Section):
@@ -98,10 +99,12 @@ class WorkerConfig(Section):
 
 
 class GatewayConfig(Section):
-    """The HTTP edge."""
+    """The edges: OpenAI's API over HTTP, and the Open Inference Protocol over gRPC."""
 
     enabled: bool = True
     port: Port | None = None  # none: 8080, or any free one if that is taken
+    oip: bool = True
+    oip_port: Port | None = None  # none: 8001, or any free one if that is taken
     max_body_bytes: Annotated[int, Field(ge=1 << 10, le=7 << 20)] = 4 << 20
     max_head_bytes: Annotated[int, Field(ge=1 << 10)] = 64 << 10  # request line and headers
     max_connections: Annotated[int, Field(ge=1)] = 1024

@@ -5,7 +5,8 @@ MeshError              INTERNAL             a bug of ours
     + ContextExceeded                       the prompt is longer than the model's context
   + NotFound           NOT_FOUND            no such model, request, member or block
   + Incompatible       FAILED_PRECONDITION  another model, codec or format version
-  + Unauthenticated    UNAUTHENTICATED      token missing or wrong
+  + Unauthenticated    UNAUTHENTICATED      token or API key missing or wrong
+  + Forbidden          PERMISSION_DENIED    known, and not allowed to do this
   + Overloaded         RESOURCE_EXHAUSTED   full; retry after `retry_after_s`
   + Unavailable        UNAVAILABLE          this process drains, or the one behind it is gone
   + Expired            DEADLINE_EXCEEDED    a leg took longer than its deadline
@@ -47,6 +48,10 @@ class Unauthenticated(MeshError):
     code = grpc.StatusCode.UNAUTHENTICATED
 
 
+class Forbidden(MeshError):
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+
 class Overloaded(MeshError):
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
@@ -78,6 +83,7 @@ _BY_CODE: dict[int, type[MeshError]] = {
         NotFound,
         Incompatible,
         Unauthenticated,
+        Forbidden,
         Unavailable,
         Expired,
         Corrupt,

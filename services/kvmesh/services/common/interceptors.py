@@ -12,14 +12,13 @@ from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import RetryInfo
 from google.rpc.status_pb2 import Status
 
+from kvmesh.services.common.callers import Callers
 from kvmesh.services.common.errors import (
     REASON_KEY,
     RETRY_AFTER_KEY,
     InvalidRequest,
     MeshError,
-    Unauthenticated,
 )
-from kvmesh.services.common.security import TokenCheck
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +33,10 @@ class _Malformed:
 
 
 class MeshInterceptor(grpc.aio.ServerInterceptor):
-    """Checks the token, then ends an RPC that raised with a status: a MeshError's, or INTERNAL."""
+    """Checks who calls, then ends an RPC that raised with a status: a MeshError's, or INTERNAL."""
 
-    def __init__(self, token_check: TokenCheck | None = None) -> None:
-        self._token_check = token_check
+    def __init__(self, callers: Callers | None = None) -> None:
+        self._callers = callers or Callers()
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         handler = await continuation(handler_call_details)
@@ -47,14 +46,19 @@ class MeshInterceptor(grpc.aio.ServerInterceptor):
         name = f"{kind[handler.request_streaming]}_{kind[handler.response_streaming]}"
         guard = _guard_stream if handler.response_streaming else _guard_unary
         make = getattr(grpc, f"{name}_rpc_method_handler")
-        allowed = self._allowed(handler_call_details)
-        method = guard(getattr(handler, name), allowed)
+        refusal = self._refusal(handler_call_details)
+        method = guard(getattr(handler, name), refusal)
         return make(method, _tolerant(handler.request_deserializer), handler.response_serializer)
 
-    def _allowed(self, details: Any) -> bool:
-        if self._token_check is None or details.method.startswith(OPEN_PREFIXES):
-            return True
-        return self._token_check.allows(details.invocation_metadata)
+    def _refusal(self, details: Any) -> MeshError | None:
+        """Why the caller may not call; raised only where it becomes a status."""
+        if details.method.startswith(OPEN_PREFIXES):
+            return None
+        try:
+            self._callers.identify(details.invocation_metadata)
+        except MeshError as error:
+            return error
+        return None
 
 
 def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
@@ -70,25 +74,25 @@ def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], A
     return parse
 
 
-def _check(request: Any, allowed: bool) -> None:
-    if not allowed:
-        raise Unauthenticated("bearer token missing or wrong; send 'authorization: Bearer <token>'")
+def _check(request: Any, refusal: MeshError | None) -> None:
+    if refusal is not None:
+        raise refusal
     if isinstance(request, _Malformed):
         raise InvalidRequest(f"the request is not a valid protobuf message: {request.reason}")
 
 
-def _admitted(request: Any, allowed: bool) -> Any:
+def _admitted(request: Any, refusal: MeshError | None) -> Any:
     """The request, or the stream of requests, of a caller that may call. Raises MeshError."""
     if hasattr(request, "__aiter__"):
-        _check(None, allowed)
+        _check(None, refusal)
         return _checked(request)
-    _check(request, allowed)
+    _check(request, refusal)
     return request
 
 
 async def _checked(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
     async for request in requests:
-        _check(request, True)
+        _check(request, None)
         yield request
 
 
@@ -125,19 +129,19 @@ async def _status(context: Any) -> AsyncIterator[None]:
         await context.abort(grpc.StatusCode.INTERNAL, "internal error")
 
 
-def _guard_unary(method: Any, allowed: bool) -> Any:
+def _guard_unary(method: Any, refusal: MeshError | None) -> Any:
     async def guarded(request: Any, context: Any) -> Any:
         async with _status(context):
-            request = _admitted(request, allowed)
+            request = _admitted(request, refusal)
             return await method(request, context)
 
     return guarded
 
 
-def _guard_stream(method: Any, allowed: bool) -> Any:
+def _guard_stream(method: Any, refusal: MeshError | None) -> Any:
     async def guarded(request: Any, context: Any) -> Any:
         async with _status(context):
-            request = _admitted(request, allowed)
+            request = _admitted(request, refusal)
             async with aclosing(method(request, context)) as responses:
                 async for response in responses:
                     yield response

@@ -55,6 +55,19 @@ TOKENIZER_OPEN = "kvmesh.tokenizer.requests.open"
 TOKENIZER_PROMPTS = "kvmesh.tokenizer.prompts"
 TOKENIZER_TOKENS = "kvmesh.tokenizer.tokens"
 
+# gateway; http.* follow the OpenTelemetry HTTP semantic conventions
+HTTP_DURATION = "http.server.request.duration"
+HTTP_ACTIVE = "http.server.active_requests"
+HTTP_FIRST = "kvmesh.gateway.first_byte"
+HTTP_CONNECTIONS = "kvmesh.gateway.connections"
+
+# router and gateway: tenants. There are as many as the key file has, shown up to a limit.
+TENANT_REQUESTS = "kvmesh.tenant.requests"
+TENANT_TOKENS = "kvmesh.tenant.tokens"
+TENANT_ACTIVE = "kvmesh.tenant.requests.active"
+TENANT_REFUSED = "kvmesh.tenant.requests.refused"
+KEY_FAILURES = "kvmesh.keys.failures"
+
 # An instrument's name takes no colon, so each has a view that gives it its real name.
 VLLM_WAITING = "vllm.num_requests_waiting"
 VLLM_RUNNING = "vllm.num_requests_running"
@@ -79,5 +92,6 @@ ERROR_TYPE = "error.type"
 TOKEN_TYPE = "gen_ai.token.type"  # input or output
 ROUTE_KIND = "kvmesh.route.kind"  # single, handover, or none
 DIRECTION = "kvmesh.kv.direction"
+LIMIT_KIND = "kvmesh.tenant.limit"  # requests, tokens or concurrency
 MEMBER_KIND = "kvmesh.member.kind"
 MODEL_NAME = "model_name"  # vLLM's own label

@@ -41,11 +41,14 @@ TIME_TO_FIRST = "gen_ai.response.time_to_first_chunk"  # seconds
 
 CHOICES = "gen_ai.request.choice.count"
 
-# http and error attributes, of the edge's spans
+# http, rpc and error attributes, of the edges' spans
 HTTP_METHOD = "http.request.method"
 HTTP_ROUTE = "http.route"
 HTTP_STATUS = "http.response.status_code"
 ERROR_TYPE = "error.type"
+RPC_SYSTEM = "rpc.system"
+RPC_SERVICE = "rpc.service"
+RPC_METHOD = "rpc.method"
 
 # ours
 CLOCK = "kvmesh.clock"  # measured or simulated

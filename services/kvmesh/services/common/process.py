@@ -12,7 +12,7 @@ from kvmesh.services.common.security import Security
 from kvmesh.services.common.telemetry import Telemetry
 
 PORT_VARIABLE = "KVMESH_PORT"
-MESH_PORT_VARIABLE = "KVMESH_MESH_PORT"  # the router's second listener
+MESH_PORT_VARIABLE = "KVMESH_MESH_PORT"  # the second listener of router and gateway
 METRICS_PORT_VARIABLE = "KVMESH_METRICS_PORT"
 
 

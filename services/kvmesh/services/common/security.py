@@ -1,16 +1,13 @@
-"""Who may connect: loopback without more; any other address only with TLS and a token.
+"""Who may connect: loopback without more; any other address only with TLS, a token and API keys.
 
 Between services TLS is mutual: both sides show a certificate of the mesh's authority. The public
-address shows a certificate and asks clients for the bearer token.
+address shows a certificate and asks callers who they are; see common.callers.
 """
 
-import hmac
 import ipaddress
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grpc
 
@@ -21,12 +18,16 @@ TOKEN_VARIABLE = "KVMESH_TOKEN"
 
 @dataclass(frozen=True, slots=True)
 class Security:
-    """Credentials of one process. The token is kept out of repr, and so out of logs."""
+    """Credentials of one process. The token is kept out of repr, and so out of logs.
+
+    keys: whether there is a key file.
+    """
 
     cert: bytes | None = None
     key: bytes | None = None
     ca: bytes | None = None
     token: str | None = None
+    keys: bool = False
 
     def __repr__(self) -> str:
         return f"Security(tls={self.tls}, token={'set' if self.token else 'none'})"
@@ -54,20 +55,6 @@ class Security:
         return (("authorization", f"Bearer {self.token}"),) if self.token else ()
 
 
-class TokenCheck:
-    """Compares bearer tokens in constant time."""
-
-    def __init__(self, token: str) -> None:
-        self._expected = f"Bearer {token}".encode()
-
-    def allows(self, metadata: Iterable[tuple[str, Any]] | None) -> bool:
-        for key, value in metadata or ():
-            if key == "authorization":
-                given = value if isinstance(value, bytes) else str(value).encode()
-                return hmac.compare_digest(given, self._expected)
-        return False
-
-
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach `host`. A name other than localhost is taken as not."""
     if host == "localhost":
@@ -79,7 +66,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_binding(host: str, security: Security) -> None:
-    """Raises ConfigError if `host` can be reached from elsewhere without TLS and a token."""
+    """Raises ConfigError if `host` can be reached from elsewhere without TLS, a token and keys."""
     if is_loopback(host):
         return
     missing = [
@@ -89,6 +76,7 @@ def check_binding(host: str, security: Security) -> None:
             ("its key (security.key)", security.key),
             ("the authority (security.ca)", security.ca),
             (f"a token (security.token_file or {TOKEN_VARIABLE})", security.token),
+            ("API keys (security.keys_file; 'kvmesh keys new' makes one)", security.keys),
         )
         if not there
     ]
@@ -100,9 +88,15 @@ def check_binding(host: str, security: Security) -> None:
 
 
 def load_security(
-    cert: Path | None, key: Path | None, ca: Path | None, token_file: Path | None
+    cert: Path | None,
+    key: Path | None,
+    ca: Path | None,
+    token_file: Path | None,
+    keys_file: Path | None = None,
 ) -> Security:
     """Reads the files. KVMESH_TOKEN in the environment wins over `token_file`.
+
+    keys_file: of a mesh; it is read by who needs the keys.
 
     Raises ConfigError naming the file that cannot be read, or the half of a pair that is missing.
     """
@@ -115,11 +109,17 @@ def load_security(
         token = _read(token_file, "security.token_file").decode().strip()
         if not token:
             raise ConfigError(f"security.token_file {token_file} is empty")
+    if keys_file is not None and not token:
+        raise ConfigError(
+            f"security.keys_file needs a token, too (security.token_file or {TOKEN_VARIABLE}): "
+            "the mesh's own processes and 'kvmesh' come in with that"
+        )
     return Security(
         cert=_read(cert, "security.cert") if cert else None,
         key=_read(key, "security.key") if key else None,
         ca=_read(ca, "security.ca") if ca else None,
         token=token or None,
+        keys=keys_file is not None,
     )
 
 

@@ -17,10 +17,11 @@ from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
+from kvmesh.services.common.callers import Callers
 from kvmesh.services.common.client import MAX_MESSAGE_BYTES
 from kvmesh.services.common.errors import ConfigError
 from kvmesh.services.common.interceptors import MeshInterceptor
-from kvmesh.services.common.security import Security, TokenCheck, check_binding
+from kvmesh.services.common.security import Security, check_binding
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,8 @@ class Listener:
 
     names: full gRPC service names, for health and reflection.
     mutual: callers must show a certificate (with TLS); false for the public address.
+    or_any: if the port is taken, any free one will do.
+    callers: who may call; None: who has the mesh's token, if it has one.
     """
 
     host: str
@@ -85,6 +88,8 @@ class Listener:
     names: tuple[str, ...]
     mutual: bool = True
     max_message_bytes: int = MAX_MESSAGE_BYTES
+    or_any: bool = False
+    callers: Callers | None = None
 
     def open(self, security: Security) -> "BoundServer":
         return BoundServer(self, security)
@@ -97,9 +102,9 @@ class BoundServer:
         check_binding(listener.host, security)
         self._listener = listener
         self._security = security
-        token = TokenCheck(security.token) if security.token else None
+        callers = listener.callers or Callers(security.token)
         self.server = grpc.aio.server(
-            interceptors=[MeshInterceptor(token)],
+            interceptors=[MeshInterceptor(callers)],
             options=(
                 ("grpc.max_receive_message_length", listener.max_message_bytes),
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -117,21 +122,33 @@ class BoundServer:
 
     async def bind(self) -> str:
         """Starts listening; the address with its real port. Raises ConfigError if it is taken."""
-        wanted = f"{self._listener.host}:{self._listener.port}"
-        credentials = self._security.server_credentials(self._listener.mutual)
-        try:
-            if credentials is None:
-                port = self.server.add_insecure_port(wanted)
-            else:
-                port = self.server.add_secure_port(wanted, credentials)
-        except RuntimeError as error:
-            raise ConfigError(
-                f"cannot listen on {wanted}: the port is in use or not allowed; "
-                "set another port, or 0 for any free one"
-            ) from error
+        port = self._bind()
         await self.set_serving(False)
         await self.server.start()
         return f"{self._listener.host}:{port}"
+
+    def _bind(self) -> int:
+        host, port = self._listener.host, self._listener.port
+        try:
+            return self._add_port(f"{host}:{port}")
+        except RuntimeError as error:
+            if self._listener.or_any:
+                logger.warning("port %d is taken, so %s takes a free one", port, self._names)
+                return self._add_port(f"{host}:0")
+            raise ConfigError(
+                f"cannot listen on {host}:{port}: the port is in use or not allowed; "
+                "set another port, or 0 for any free one"
+            ) from error
+
+    def _add_port(self, address: str) -> int:
+        credentials = self._security.server_credentials(self._listener.mutual)
+        if credentials is None:
+            return self.server.add_insecure_port(address)
+        return self.server.add_secure_port(address, credentials)
+
+    @property
+    def _names(self) -> str:
+        return ", ".join(self._listener.names)
 
     async def set_serving(self, serving: bool) -> None:
         states = health_pb2.HealthCheckResponse

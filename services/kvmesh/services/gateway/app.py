@@ -15,7 +15,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from kvmesh.services.common import names
+from kvmesh.services.common.callers import Callers
 from kvmesh.services.common.config import GatewayConfig
+from kvmesh.services.common.metrics import Meters
 from kvmesh.services.common.telemetry import Telemetry
 from kvmesh.services.gateway.answers import (
     Answer,
@@ -26,6 +28,7 @@ from kvmesh.services.gateway.answers import (
     usage_of,
 )
 from kvmesh.services.gateway.errors import INVALID, ApiError
+from kvmesh.services.gateway.metrics import EdgeMetrics
 from kvmesh.services.gateway.middleware import Auth, Errors, Exchange, Trace
 from kvmesh.services.gateway.requests import Plan, plan_chat, plan_completion
 from kvmesh.services.gateway.schema import parse_chat, parse_completion
@@ -39,6 +42,10 @@ class Mesh(Generator, Protocol):
 
     async def list_models(self) -> inference_pb2.ListModelsResponse: ...
 
+    def on_behalf(self, authorization: str) -> "Mesh":
+        """The same, as the caller who sent this."""
+        ...
+
 
 @dataclass(slots=True)
 class Edge:
@@ -49,10 +56,10 @@ class Edge:
     telemetry: Telemetry
     config: GatewayConfig
     peer: str = ""
-    token: str | None = None
+    callers: Callers = field(default_factory=Callers)
+    metrics: EdgeMetrics = field(default_factory=lambda: EdgeMetrics(Meters()))
     fingerprint: str = ""
     draining: bool = False
-    active: int = 0
     started: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -68,9 +75,9 @@ def make_app(edge: Edge) -> Starlette:
             Route("/v1/completions", endpoints.completions, methods=["POST"]),
         ],
         middleware=[
-            Middleware(Trace, telemetry=edge.telemetry),
+            Middleware(Trace, telemetry=edge.telemetry, metrics=edge.metrics),
             Middleware(Errors, peer=edge.peer),
-            Middleware(Auth, token=edge.token),
+            Middleware(Auth, callers=edge.callers),
             Middleware(Exchange, config=edge.config),
         ],
         exception_handlers={HTTPException: _no_route},
@@ -97,12 +104,12 @@ class Endpoints:
         return JSONResponse({"status": state}, 503 if draining else 200)
 
     async def models(self, request: Request) -> Response:
-        found = [self._model(model) for model in await self._list()]
+        found = [self._model(model) for model in await self._list(request)]
         return JSONResponse({"object": "list", "data": found})
 
     async def model(self, request: Request) -> Response:
         wanted = request.path_params["model"]
-        for model in await self._list():
+        for model in await self._list(request):
             if model.name == wanted:
                 return JSONResponse(self._model(model))
         raise ApiError(
@@ -142,7 +149,7 @@ class Endpoints:
             }
         )
         finished = _Finished(plan, span)
-        responses = merged(self._edge.mesh, plan.generate)
+        responses = merged(self._mesh(request), plan.generate)
         if plan.stream:
             stream = EventStream(responses, answer, finished, plan.include_usage, self._edge.peer)
             await stream.begin()
@@ -167,8 +174,13 @@ class Endpoints:
     def _named(self, head: Head, plan: Plan) -> Head:
         return Head(head.id, plan.model, head.created, head.fingerprint)
 
-    async def _list(self) -> Sequence[inference_pb2.ModelInfo]:
-        return (await self._edge.mesh.list_models()).models
+    async def _list(self, request: Request) -> Sequence[inference_pb2.ModelInfo]:
+        return (await self._mesh(request).list_models()).models
+
+    def _mesh(self, request: Request) -> Mesh:
+        """The mesh as this caller may use it."""
+        sent: str | None = request.scope["state"].get("authorization")
+        return self._edge.mesh if sent is None else self._edge.mesh.on_behalf(sent)
 
     def _model(self, model: inference_pb2.ModelInfo) -> dict[str, Any]:
         return {

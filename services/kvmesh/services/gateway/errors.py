@@ -3,6 +3,7 @@
 mesh error          status  type                    code
 InvalidRequest      400     invalid_request_error   (context_length_exceeded if that is why)
 Unauthenticated     401     invalid_request_error   invalid_api_key
+Forbidden           403     invalid_request_error   permission_denied
 NotFound            404     invalid_request_error   model_not_found
 Overloaded          429     rate_limit_error        rate_limit_exceeded, with Retry-After
 Unavailable         503     service_unavailable     service_unavailable
@@ -20,6 +21,7 @@ from starlette.responses import Response
 from kvmesh.services.common.errors import (
     ContextExceeded,
     Expired,
+    Forbidden,
     InvalidRequest,
     MeshError,
     NotFound,
@@ -76,6 +78,7 @@ _SHAPES: tuple[tuple[type[MeshError], _Shape], ...] = (
     (ContextExceeded, _Shape(400, INVALID, "context_length_exceeded")),
     (InvalidRequest, _Shape(400, INVALID, None)),
     (Unauthenticated, _Shape(401, INVALID, "invalid_api_key")),
+    (Forbidden, _Shape(403, INVALID, "permission_denied")),
     (NotFound, _Shape(404, INVALID, "model_not_found")),
     (Overloaded, _Shape(429, "rate_limit_error", "rate_limit_exceeded")),
     (Unavailable, _Shape(503, "service_unavailable", "service_unavailable")),

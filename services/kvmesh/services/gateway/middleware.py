@@ -1,6 +1,6 @@
 """What every HTTP request passes through, from the outside in:
 
-Trace      the server span, x-request-id; whatever happens below is in it
+Trace      the server span, x-request-id, metrics; whatever happens below is in it
 Errors     exceptions become error bodies
 Auth       who calls: nothing below runs, and no body is read, for a caller who may not
 Exchange   the body within its limits; a client that goes away or does not read ends the work
@@ -18,11 +18,12 @@ from opentelemetry.trace import SpanKind, Status, StatusCode
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kvmesh.services.common import names
+from kvmesh.services.common.callers import AUTHORIZATION, Callers
 from kvmesh.services.common.config import GatewayConfig
 from kvmesh.services.common.errors import MeshError
-from kvmesh.services.common.security import TokenCheck
 from kvmesh.services.common.telemetry import Telemetry, context_of, extract, trace_id_of
 from kvmesh.services.gateway.errors import ApiError, from_mesh
+from kvmesh.services.gateway.metrics import EdgeMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +34,10 @@ ROUTES = frozenset({"/health", "/v1/models", "/v1/chat/completions", "/v1/comple
 class Trace:
     """Continues the caller's W3C trace. The span is in scope["state"]["span"]."""
 
-    def __init__(self, app: ASGIApp, telemetry: Telemetry) -> None:
+    def __init__(self, app: ASGIApp, telemetry: Telemetry, metrics: EdgeMetrics) -> None:
         self._app = app
         self._telemetry = telemetry
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
@@ -55,21 +57,28 @@ class Trace:
             (b"x-request-id", f"req_{request_id}".encode()),
             (b"x-trace-id", trace_id_of(span).encode()),
         ]
+        metrics, status, first_s = self._metrics, 0, None
+        began = metrics.clock()
 
         async def send_traced(message: Message) -> None:
+            nonlocal status, first_s
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], *headers]
-                span.set_attribute(names.HTTP_STATUS, message["status"])
-                if message["status"] >= 500:
+                status, first_s = message["status"], metrics.clock() - began
+                span.set_attribute(names.HTTP_STATUS, status)
+                if status >= 500:
                     span.set_status(Status(StatusCode.ERROR))
             await send(message)
 
         token = otel_context.attach(context_of(span))
+        metrics.active += 1
         try:
             await self._app(scope, receive, send_traced)
         finally:
             otel_context.detach(token)
             span.end()
+            metrics.active -= 1
+            metrics.ended(scope["method"], route, status, metrics.clock() - began, first_s)
 
 
 class Errors:
@@ -116,21 +125,28 @@ def note_error(scope: Scope, error: ApiError) -> None:
 
 
 class Auth:
-    """With a token in the mesh's configuration, callers send it as their API key."""
+    """Turns away who may not call. Who may goes on with what he sent: the router asks again.
 
-    def __init__(self, app: ASGIApp, token: str | None) -> None:
+    It is in scope["state"]["authorization"]; None if nobody has to say who he is.
+    """
+
+    def __init__(self, app: ASGIApp, callers: Callers) -> None:
         self._app = app
-        self._check = TokenCheck(token) if token else None
+        self._callers = callers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._check is not None and scope["path"] not in OPEN_PATHS:
-            found = (v for k, v in scope["headers"] if k == b"authorization")
-            if not self._check.allows([("authorization", next(found, b""))]):
-                raise ApiError(
-                    401,
-                    "API key missing or wrong; send 'authorization: Bearer <key>'",
-                    code="invalid_api_key",
-                )
+        if not self._callers.open and scope["path"] not in OPEN_PATHS:
+            state = scope["state"]
+            sent = next((v for k, v in scope["headers"] if k == b"authorization"), b"")
+            try:
+                tenant = self._callers.identify([(AUTHORIZATION, sent)])
+            except MeshError as error:
+                refusal = from_mesh(error)
+                refusal.headers["connection"] = "close"  # the body is not read
+                raise refusal from None
+            if tenant is not None:
+                state["span"].set_attribute(names.TENANT, tenant.name)
+            state["authorization"] = sent.decode("latin-1")
         await self._app(scope, receive, send)
 
 

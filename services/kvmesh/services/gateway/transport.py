@@ -11,7 +11,7 @@ import logging
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import httptools
@@ -30,17 +30,26 @@ START_S = 10.0
 KEEP_ALIVE_S = 60  # for the next request of a connection
 
 
+@dataclass(slots=True)
+class Connections:
+    """Of one listener, now."""
+
+    open: int = 0
+
+
 class _TooLarge(Exception):
     """Ends parsing from within a callback of the parser."""
 
 
 class EdgeProtocol(HttpToolsProtocol):
-    """One connection. gateway: its limits; set on a subclass for each listener."""
+    """One connection. gateway: its limits; these two are set on a subclass for each listener."""
 
     gateway = GatewayConfig()
+    count = Connections()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.count.open = len(self.connections)
         self._in_head = True
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
@@ -60,6 +69,7 @@ class EdgeProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
         super().connection_lost(exc)
+        self.count.open = len(self.connections)
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
@@ -145,6 +155,7 @@ class HttpListener:
     app: Any
     config: GatewayConfig
     certificate: tuple[str, str] | None = None
+    connections: Connections = field(default_factory=Connections)
 
     def open(self, security: Security) -> "HttpServer":
         check_binding(self.host, security)
@@ -164,7 +175,9 @@ class HttpServer:
         listener = self._listener
         sock = _bind(listener.host, listener.port)
         cert, key = listener.certificate or (None, None)
-        protocol = type("Protocol", (EdgeProtocol,), {"gateway": listener.config})
+        protocol = type(
+            "Protocol", (EdgeProtocol,), {"gateway": listener.config, "count": listener.connections}
+        )
         self._server = _Server(
             uvicorn.Config(
                 listener.app,

@@ -7,20 +7,18 @@ caller has to hear goes through one queue.
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from opentelemetry.context import Context
 
-from kvmesh.services.common.errors import (
-    Expired,
-    MeshError,
-    Overloaded,
-    Unavailable,
-)
+from kvmesh.services.common.api_keys import Tenant
+from kvmesh.services.common.errors import Expired, MeshError, Overloaded, Unavailable
 from kvmesh.services.router.bill import Bill
 from kvmesh.services.router.core import Decision
 from kvmesh.services.router.cost import Candidate
 from kvmesh.services.router.leg import Leg, LegEnd, error_of
 from kvmesh.services.router.parts import RouterParts, prepare_request
+from kvmesh.services.router.place import Place
 from kvmesh.services.router.prepare import Prepared
 from kvmesh.services.router.request_metrics import RequestEnd
 from kvmesh.services.router.request_spans import RequestSpans
@@ -32,21 +30,28 @@ WORKER_WAIT_S = 30.0  # for a worker to come back, when a running request has lo
 _RETRY_ELSEWHERE = (Unavailable, Overloaded)
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request as it came. tenant: None for the operator's own. parent: the caller's trace."""
+
+    tenant: Tenant | None
+    request: inference_pb2.GenerateRequest
+    parent: Context
+
+
 class Generation:
     """One request from arrival to its end. `run` is called once."""
 
-    def __init__(
-        self,
-        parts: RouterParts,
-        request: inference_pb2.GenerateRequest,
-        timeout_s: float,
-        parent: Context,
-    ) -> None:
+    def __init__(self, parts: RouterParts, asked: Asked, timeout_s: float) -> None:
         self._parts = parts
-        self._request = request
+        self._tenant = asked.tenant
+        self._request = asked.request
         self._arrived = parts.clock()
         self._deadline = self._arrived + timeout_s
-        self._spans = RequestSpans(parts.telemetry, request, parent)
+        self._spans = RequestSpans(parts.telemetry, asked.request, asked.parent)
+        if asked.tenant is not None:
+            self._spans.of_tenant(asked.tenant.name)
+        self._place = Place(parts, asked.tenant)
         self._inbox: asyncio.Queue[Text | LegEnd | MeshError] = asyncio.Queue()
         self._output: list[int] = []
         self._logprobs: list[common_pb2.TokenLogprob] = []
@@ -64,7 +69,6 @@ class Generation:
     async def run(self) -> AsyncIterator[inference_pb2.GenerateResponse]:
         """Ends after one response with finish_reason, or raises a MeshError; never both."""
         parts = self._parts
-        ticket = self._spans.trace_id
         timer = asyncio.get_running_loop().call_later(
             self._deadline - self._arrived, self._inbox.put_nowait, self._expired()
         )
@@ -73,8 +77,9 @@ class Generation:
         try:
             if parts.draining:
                 raise Unavailable("this router drains; send the request elsewhere")
-            parts.admission.enter(ticket, self._arrived)
+            self._place.take()
             prepared = await self._prepare()
+            self._place.hold(len(prepared.prompt) + prepared.max_tokens)
             self._begin(prepared)
             async with aclosing(self._respond(prepared)) as responses:  # type: ignore[type-var]
                 async for response in responses:
@@ -86,7 +91,7 @@ class Generation:
             raise
         finally:
             timer.cancel()
-            parts.admission.leave(ticket, parts.clock(), finished)
+            self._place.leave(self._used(), finished)
             self._bill.fill(self._usage)
             parts.metrics.ended(self._end("" if finished else failure))
             self._release()
@@ -127,7 +132,9 @@ class Generation:
 
     async def _prepare(self) -> Prepared:
         with self._spans.tokenize() as span:
-            prepared = await prepare_request(self._parts, self._request, self._left_s())
+            prepared = await prepare_request(
+                self._parts, self._request, self._tenant, self._left_s()
+            )
             span.set_attribute("kvmesh.tokens", len(prepared.prompt))
         self._spans.prepared(prepared)
         self._model = prepared.model.name
@@ -323,6 +330,10 @@ class Generation:
             duration_s=self._parts.clock() - self._arrived,
             error=error,
         )
+
+    def _used(self) -> int:
+        """Tokens that the tenant pays for: none if nothing came of them."""
+        return self._usage.prompt_tokens + len(self._output) if self._output else 0
 
     def _left_s(self) -> float:
         return max(0.001, self._deadline - self._parts.clock())

@@ -1,14 +1,18 @@
 """What the router shows of itself and of the whole mesh: read when somebody scrapes."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from kvmesh.services.common import metric_names as metric
 from kvmesh.services.common import names
 from kvmesh.services.common.metrics import Meters, Metric, Point, cache_config
+from kvmesh.services.router.limits import TenantLimits, TenantState
 from kvmesh.services.router.parts import RouterParts
 from kvmesh.services.router.request_metrics import RouterCounts
 from kvmesh.services.router.workers import WorkerState
+
+MAX_TENANTS = 100  # with a label of their own; the rest are one
+OTHER_TENANTS = "_other"
 
 
 def show_router(meters: Meters, parts: RouterParts) -> None:
@@ -40,6 +44,7 @@ def show_router(meters: Meters, parts: RouterParts) -> None:
     )  # fmt: skip
     _show_requests(meters, counts)
     _show_vllm(meters, parts, counts)
+    _show_tenants(meters, parts.limits)
 
 
 def _show_requests(meters: Meters, counts: RouterCounts) -> None:
@@ -61,6 +66,46 @@ def _show_requests(meters: Meters, counts: RouterCounts) -> None:
             Metric(
                 metric.DEVICE_TIME, "s", "Device seconds of requests that have ended.",
                 lambda: _by_clock(counts.device_s),
+            ),
+        ]
+    )  # fmt: skip
+
+
+def _show_tenants(meters: Meters, limits: TenantLimits) -> None:
+    """Nothing without tenants; the first MAX_TENANTS that came have a label each."""
+
+    def by_tenant(read: Callable[[TenantState], Mapping[str, int]]) -> list[Point]:
+        sums: Counter[tuple[str, str]] = Counter()
+        for place, (name, state) in enumerate(list(limits.states.items())):
+            label = name if place < MAX_TENANTS else OTHER_TENANTS
+            for kind, value in list(read(state).items()):
+                sums[label, kind] += value
+        return [
+            (value, {names.TENANT: label, **({metric.LIMIT_KIND: kind} if kind else {})})
+            for (label, kind), value in sums.items()
+        ]
+
+    meters.gauges(
+        [
+            Metric(
+                metric.TENANT_ACTIVE, "{request}", "In the mesh now.",
+                lambda: by_tenant(lambda state: {"": len(state.running)}),
+            )
+        ]
+    )  # fmt: skip
+    meters.counters(
+        [
+            Metric(
+                metric.TENANT_REQUESTS, "{request}", "Taken.",
+                lambda: by_tenant(lambda state: {"": state.num_requests}),
+            ),
+            Metric(
+                metric.TENANT_TOKENS, "{token}", "Of prompts and outputs, when a request ended.",
+                lambda: by_tenant(lambda state: {"": state.num_tokens}),
+            ),
+            Metric(
+                metric.TENANT_REFUSED, "{request}", "Refused, by the limit.",
+                lambda: by_tenant(lambda state: state.refused),
             ),
         ]
     )  # fmt: skip

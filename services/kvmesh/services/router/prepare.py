@@ -88,9 +88,13 @@ def prepare(
     request: inference_pb2.GenerateRequest,
     model: inference_pb2.ModelInfo,
     prompt: list[int],
+    salt: str,
     max_context: int,
 ) -> Prepared:
-    """Raises InvalidRequest for ids outside the vocabulary, or a prompt that does not fit."""
+    """salt: of the cache, the caller's own within its tenant.
+
+    Raises InvalidRequest for ids outside the vocabulary, or a prompt that does not fit.
+    """
     _check_ids(prompt, model, max_context)
     settings = check_sampling(request.sampling, model.vocab_size)
     sampling = common_pb2.SamplingParams()
@@ -106,8 +110,8 @@ def prepare(
         wire_id=made,
         model=model,
         prompt=prompt,
-        root=root_key(block.fingerprint, block.codec, block.block_size or 64, request.cache_salt),
-        salt=request.cache_salt,
+        root=root_key(block.fingerprint, block.codec, block.block_size or 64, salt),
+        salt=salt,
         sampling=sampling,
         settings=settings,
     )

@@ -45,6 +45,10 @@ class RequestSpans:
             traceparent=carrier.get("traceparent", ""), tracestate=carrier.get("tracestate", "")
         )
 
+    def of_tenant(self, name: str) -> None:
+        self._facts[names.TENANT] = name
+        self._root.set_attribute(names.TENANT, name)
+
     def simulated(self, after_s: float) -> worker_pb2.SimulatedTrace:
         """For a stay on a simulated device, which begins so long after the arrival."""
         if self._twin is None:
@@ -81,7 +85,7 @@ class RequestSpans:
     def prepared(self, prepared: Prepared) -> None:
         """What is known once the prompt has been encoded."""
         self._root.update_name(f"{names.SPAN_REQUEST} {prepared.model.name}")
-        self._facts = {
+        self._facts |= {
             names.REQUEST_MODEL: prepared.model.name,
             names.RESPONSE_MODEL: prepared.model.name,
             names.REQUEST_ID: prepared.request_id,

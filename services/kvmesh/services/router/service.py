@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import grpc
 
+from kvmesh.services.common.callers import load_callers
 from kvmesh.services.common.client import MAX_PUBLIC_MESSAGE_BYTES, Deadlines
 from kvmesh.services.common.process import MESH_PORT_VARIABLE, ProcessContext, listen_port
 from kvmesh.services.common.server import Listener
@@ -35,6 +36,7 @@ class RouterService:
             fleet=self._fleet,
             telemetry=context.telemetry,
             metrics=RequestMetrics(context.meters),
+            callers=load_callers(context.security.token, context.config.security, context.meters),
         )
         show_router(context.meters, self.parts)
         own = OwnEntry(context.member_id, "", context.incarnation, time.monotonic())
@@ -51,6 +53,7 @@ class RouterService:
                 ("kvmesh.v1.Inference",),
                 mutual=False,
                 max_message_bytes=MAX_PUBLIC_MESSAGE_BYTES,
+                callers=self.parts.callers,
             ),
             Listener(
                 config.host,

@@ -5,8 +5,9 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+from kvmesh.services.common.errors import Forbidden
 from kvmesh.services.common.telemetry import extract
-from kvmesh.services.router.generation import Generation
+from kvmesh.services.router.generation import Asked, Generation
 from kvmesh.services.router.membership import Lease
 from kvmesh.services.router.parts import RouterParts, prepare_request
 from kvmesh.v1 import inference_pb2 as pb
@@ -33,14 +34,18 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Generate(
         self, request: pb.GenerateRequest, context: Any
     ) -> AsyncIterator[pb.GenerateResponse]:
-        parent = extract(context.invocation_metadata())
-        generation = Generation(self._parts, request, self._timeout_s(context), parent)
+        metadata = context.invocation_metadata()
+        asked = Asked(self._parts.callers.identify(metadata), request, extract(metadata))
+        generation = Generation(self._parts, asked, self._timeout_s(context))
         async with aclosing(generation.run()) as responses:  # type: ignore[type-var]
             async for response in responses:
                 yield response
 
     async def Route(self, request: pb.RouteRequest, context: Any) -> pb.RouteResponse:
-        prepared = await prepare_request(self._parts, request.request, self._timeout_s(context))
+        tenant = self._parts.callers.identify(context.invocation_metadata())
+        prepared = await prepare_request(
+            self._parts, request.request, tenant, self._timeout_s(context)
+        )
         query = prepared.query([], handover=True)
         decision = self._parts.core.choose(query, self._parts.clock())
         return pb.RouteResponse(
@@ -65,6 +70,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         self, request: pb.MeshStatusRequest, context: Any
     ) -> pb.MeshStatusResponse:
         parts = self._parts
+        if parts.callers.identify(context.invocation_metadata()) is not None:
+            raise Forbidden("what runs in the mesh is for its operator, who has the mesh's token")
         now = parts.clock()
         leases = parts.fleet.membership.leases()
         return pb.MeshStatusResponse(
@@ -101,6 +108,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             kind=member.kind,
             role=member.role,
             address=member.address,
+            other_addresses=member.other_addresses,
             incarnation=member.incarnation,
             lease_left_s=max(0.0, lease.expires - now),
             device=member.device,

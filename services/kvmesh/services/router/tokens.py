@@ -189,13 +189,16 @@ class TokenizerPool:
                 self.say(speech)
         return link
 
-    async def encode(self, prompt: str | inference_pb2.ChatPrompt) -> list[int]:
-        """Raises the tokenizer's MeshError; asks another one if the first is not there."""
+    async def encode(self, prompt: str | inference_pb2.ChatPrompt, salt: str = "") -> list[int]:
+        """salt: of the cache of prefixes; another one's are not found there.
+
+        Raises the tokenizer's MeshError; asks another one if the first is not there.
+        """
         last: MeshError = Unavailable("no tokenizer is in the mesh")
         for link in sorted(self._links.values(), key=_load):
             link.encoding += 1
             try:
-                return list((await link.client.encode(prompt)).token_ids)
+                return list((await link.client.encode(prompt, salt)).token_ids)
             except (Unavailable, Expired) as error:
                 last = error
             finally:

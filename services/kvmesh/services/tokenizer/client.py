@@ -21,12 +21,14 @@ class TokenizerClient:
         self._timeout_s = (deadlines or Deadlines()).encode_s
         self._stub = tokenizer_pb2_grpc.TokenizerStub(link.channel)
 
-    async def encode(self, prompt: str | inference_pb2.ChatPrompt) -> pb.EncodeResponse:
+    async def encode(
+        self, prompt: str | inference_pb2.ChatPrompt, salt: str = ""
+    ) -> pb.EncodeResponse:
         """Ids of a text as it is, or of messages through the chat template."""
         if isinstance(prompt, str):
-            request = pb.EncodeRequest(text=prompt)
+            request = pb.EncodeRequest(text=prompt, cache_salt=salt)
         else:
-            request = pb.EncodeRequest(chat=prompt)
+            request = pb.EncodeRequest(chat=prompt, cache_salt=salt)
         try:
             return await self._stub.Encode(
                 request, timeout=self._timeout_s, metadata=self._link.metadata()

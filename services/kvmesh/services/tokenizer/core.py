@@ -62,15 +62,16 @@ class TextCodec:
         """Whether `encode_chat` can work."""
         return self._template is not None
 
-    def encode_text(self, text: str) -> Encoded:
+    def encode_text(self, text: str, salt: str = "") -> Encoded:
         """`text` as it is, with the tokens that the model wants around it.
 
+        salt: of the cache; what was encoded under another one is not found.
         Raises InvalidRequest if it is empty or too long.
         """
         self._check_size(text)
         if self._frame is None:
             return Encoded(self._with_bos(self._tokenizer.encode(text).ids), 0)
-        encoded = self._encoder.encode(text)
+        encoded = self._encoder.encode(text, salt)
         before, after = self._frame
         return Encoded(self._with_bos([*before, *encoded.ids, *after]), encoded.cached_chars)
 
@@ -78,6 +79,7 @@ class TextCodec:
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
+        salt: str = "",
     ) -> Encoded:
         """`messages` (role, content ...) through the chat template, up to where the answer begins.
 
@@ -92,7 +94,7 @@ class TextCodec:
             self._check_size(contents)
         text = self._template.render(messages, tools)
         self._check_size(text)
-        return self._encoder.encode(text)
+        return self._encoder.encode(text, salt)
 
     def decode(self, token_ids: Sequence[int], keep_special_tokens: bool = False) -> str:
         """Raises InvalidRequest for an id outside the vocabulary."""

@@ -177,8 +177,9 @@ def _encode(codec: TextCodec, request: pb.EncodeRequest) -> Encoded:
     kind: Any = request.WhichOneof("prompt")
     if kind == "chat":
         chat = request.chat
-        return codec.encode_chat([_message(m) for m in chat.messages], [*map(_tool, chat.tools)])
-    return codec.encode_text(request.text)
+        messages = [_message(m) for m in chat.messages]
+        return codec.encode_chat(messages, [*map(_tool, chat.tools)], request.cache_salt)
+    return codec.encode_text(request.text, request.cache_salt)
 
 
 def _message(message: inference_pb2.ChatMessage) -> dict[str, Any]:

@@ -83,10 +83,16 @@ class BlockCache:
 
     def seal(self, block: int, key: bytes) -> None:
         """Makes a sealed block known. A second block with the same key stays private."""
-        if key not in self._id_of and block not in self._key_of:
-            self._id_of[key] = block
-            self._key_of[block] = key
-            self._note(key, was_held=False)
+        self.seal_all((block,), (key,))
+
+    def seal_all(self, blocks: Sequence[int], keys: Sequence[bytes]) -> None:
+        """`seal` for each pair."""
+        id_of, key_of, note = self._id_of, self._key_of, self._changes.setdefault
+        for block, key in zip(blocks, keys, strict=True):
+            if key not in id_of and block not in key_of:
+                id_of[key] = block
+                key_of[block] = key
+                note(key, False)
 
     def release(self, ids: Sequence[int]) -> None:
         """One reference less to each; `ids` in the order of their sequence."""

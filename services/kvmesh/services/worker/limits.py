@@ -11,7 +11,8 @@ from kvmesh.services.worker.sequence import Sequence, Work
 class Limits:
     """slots: sequences that run at once. step_tokens: most tokens of one step.
 
-    prefill_chunk: most prompt tokens of a step in which others decode.
+    prefill_chunk: most prompt tokens of a step in which others decode. adopt_blocks: cached blocks
+    verified or imported per step.
     """
 
     slots: int
@@ -20,6 +21,7 @@ class Limits:
     max_waiting: int = 256
     step_tokens: int = 512
     prefill_chunk: int = 256
+    adopt_blocks: int = 16
 
     @property
     def max_tokens(self) -> int:

@@ -6,16 +6,15 @@ front of the queue; what it had said stands, and it goes on from there with the 
 """
 
 from collections import deque
+from collections.abc import Sequence as Listed
 
 from kvmesh.kernels.layout import BLOCK_SIZE
 from kvmesh.services.common.errors import Expired, MeshError, Overloaded
 from kvmesh.services.worker.adoption import Adoption, PoolPort
 from kvmesh.services.worker.blocks import BlockCache
 from kvmesh.services.worker.limits import Counters, Limits, Planned
-from kvmesh.services.worker.sampler import Sampled
+from kvmesh.services.worker.sampler import Logprob, Sampled
 from kvmesh.services.worker.sequence import Fetched, Finish, Sequence, State, Update, Work
-
-ADOPT_BLOCKS = 16  # cached blocks verified or imported per step
 
 
 class Scheduler:
@@ -104,8 +103,8 @@ class Scheduler:
         """Ends it as ERROR and frees all it holds. Once it has ended: no effect."""
         self._abort(sequence, Finish.ERROR, error, now)
 
-    def plan(self, now: float) -> list[Planned]:
-        """The next step; empty if there is nothing to compute."""
+    def plan(self, now: float, prefill: bool = True) -> list[Planned]:
+        """The next step; empty if there is nothing to compute. Without `prefill` prompts wait."""
         self._expire(now)
         self._admit(now)
         self._adopt()
@@ -115,7 +114,8 @@ class Scheduler:
             decodes = sequence.state is State.RUNNING and sequence.remaining == 1
             if decodes and self._has_room(sequence):
                 planned.append(Planned(sequence, sequence.computed, 1, True))
-        planned += self._plan_prefill(ready, len(planned))
+        if prefill:
+            planned += self._plan_prefill(ready, len(planned))
         for step in planned:
             if step.sequence.timeline.first_step is None:
                 step.sequence.timeline.first_step = now
@@ -142,11 +142,53 @@ class Scheduler:
             sequence.steps += 1
             if step.count > 1 or not sequence.generated:
                 self.counters.tokens_prefilled += step.count
-            for index in range(step.start // BLOCK_SIZE, sequence.computed // BLOCK_SIZE):
-                self.cache.seal(sequence.blocks[index], sequence.key(index))
-                sequence.note_seal(block_seal_s)
+            self._seal(sequence, step.start // BLOCK_SIZE, block_seal_s)
             if step.want_logits:
                 self._take(sequence, next(results), now)
+
+    def repeats(self, plan: list[Planned], most: int, width: int = 1) -> int:
+        """How often, up to `most`, this plan will be the next step, its sequences further on.
+
+        1 unless all of it decodes. Until then no sequence ends but in the last of these steps, none
+        is pre-empted and none that waits finds room, if nothing is submitted meanwhile. width: most
+        tokens of a sequence per step.
+        """
+        if self._adoptions or self._leaving or not all(step.want_logits for step in plan):
+            return 1
+        limit = self.limits.max_tokens
+        for step in plan:
+            if step.count > 1:
+                return 1
+            most = min(most, step.sequence.tokens_left(limit))
+        while most > 1 and _lacking(plan, most * width) > self.cache.available:
+            most //= 2
+        # Who was pre-empted for this plan may fit again at once.
+        return most if most > 1 and self._room_for_next() is None else 1
+
+    def advance(
+        self, plan: list[Planned], tokens: Listed[Listed[int]], now: float, steps: int = 1
+    ) -> None:
+        """Takes the results of `steps` equal decode steps at once: each sequence's tokens.
+
+        The same as planning and applying them one by one, but for which of two sequences that say
+        the same has the block that others find; of speculation, all accepted tokens.
+        """
+        self.counters.steps += steps
+        self.counters.batch = len(plan)
+        self.counters.batched += len(plan) * steps
+        for step, said in zip(plan, tokens, strict=True):
+            lacking = _blocks(step.start + len(said)) - len(step.sequence.blocks)
+            if lacking > 0:
+                step.sequence.hold(self.cache.allocate(lacking))
+        for step, said in zip(plan, tokens, strict=True):
+            sequence = step.sequence
+            self.counters.tokens_prefilled += not sequence.generated
+            sequence.computed += len(said)
+            sequence.steps += steps
+            finish = self._say(sequence, said, (), now)
+            self._seal(sequence, step.start // BLOCK_SIZE, 0.0)
+            if finish is not None:
+                self._finished(sequence, finish, now)
 
     def drain_updates(self) -> list[Update]:
         """What the sequences' owners must be told, in order."""
@@ -208,13 +250,9 @@ class Scheduler:
                 self.fail(sequence, late, now)
 
     def _admit(self, now: float) -> None:
-        while self._waiting and self._slots:
-            sequence = self._waiting[0]
-            local = self.cache.match(sequence.usable_keys)
+        while (local := self._room_for_next()) is not None:
+            sequence = self._waiting.popleft()
             fresh = sequence.blocks_to_run - len(local)
-            if not self.cache.can_allocate(fresh, keeping=local):
-                return
-            self._waiting.popleft()
             self.cache.acquire(local)
             sequence.hold(local + self.cache.allocate(fresh))
             sequence.slot = self._slots.pop()
@@ -225,8 +263,17 @@ class Scheduler:
             if sequence.timeline.admitted is None:
                 sequence.timeline.admitted = now
 
+    def _room_for_next(self) -> list[int] | None:
+        """The cached blocks that the next one to admit would share; None if it cannot run now."""
+        if not self._waiting or not self._slots:
+            return None
+        sequence = self._waiting[0]
+        local = self.cache.match(sequence.usable_keys)
+        fresh = sequence.blocks_to_run - len(local)
+        return local if self.cache.can_allocate(fresh, keeping=local) else None
+
     def _adopt(self) -> None:
-        budget = ADOPT_BLOCKS
+        budget = self.limits.adopt_blocks
         for sequence, adoption in list(self._adoptions.items()):
             if sequence not in self._adoptions:  # pre-empted for a corrupt block meanwhile
                 continue
@@ -291,21 +338,37 @@ class Scheduler:
         if sampled is None:
             self.fail(sequence, sequence.no_choice(), now)
             return
+        logprobs = (sampled.logprob,) if sampled.logprob is not None else ()
+        finish = self._say(sequence, (sampled.token,), logprobs, now)
+        if finish is not None:
+            self._finished(sequence, finish, now)
+
+    def _say(
+        self, sequence: Sequence, tokens: Listed[int], logprobs: tuple[Logprob, ...], now: float
+    ) -> Finish | None:
         first = sequence.generated == 0
-        finish = sequence.append(sampled.token, self.limits.max_tokens)
-        self.counters.tokens_generated += 1
+        finish = sequence.extend(tokens, self.limits.max_tokens)
+        self.counters.tokens_generated += len(tokens)
         if first:
             sequence.timeline.first_token = now
         sequence.timeline.mark(now, sequence.generated)
-        logprobs = (sampled.logprob,) if sampled.logprob is not None else ()
-        self._updates.append(Update(sequence, (sampled.token,), logprobs, first, finish))
-        if finish is not None:
-            self._running.remove(sequence)
-            del self._active[sequence]
-            sequence.end(finish, now)
-            self._leaving[sequence] = None
-            if finish is not Finish.HANDOVER:
-                self._free_if_exported(sequence)
+        self._updates.append(Update(sequence, tuple(tokens), logprobs, first, finish))
+        return finish
+
+    def _seal(self, sequence: Sequence, first: int, block_s: float) -> None:
+        """Makes its blocks from `first` on known that are computed in full."""
+        stop = sequence.computed // BLOCK_SIZE
+        if stop > first:
+            self.cache.seal_all(sequence.blocks[first:stop], sequence.keys(first, stop))
+            sequence.note_seals(stop - first, block_s * (stop - first))
+
+    def _finished(self, sequence: Sequence, finish: Finish, now: float) -> None:
+        self._running.remove(sequence)
+        del self._active[sequence]
+        sequence.end(finish, now)
+        self._leaving[sequence] = None
+        if finish is not Finish.HANDOVER:
+            self._free_if_exported(sequence)
 
     def _free_if_exported(self, sequence: Sequence) -> None:
         if sequence.next_export >= self._export_stop(sequence):
@@ -345,3 +408,12 @@ class Scheduler:
         if sequence.slot is not None:
             self._slots.append(sequence.slot)
             sequence.slot = None
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // BLOCK_SIZE)
+
+
+def _lacking(plan: list[Planned], steps: int) -> int:
+    """Blocks to allocate for so many decode steps of these sequences."""
+    return sum(max(0, _blocks(p.start + steps) - len(p.sequence.blocks)) for p in plan)

@@ -5,6 +5,7 @@ computed |■■■■■■■■■■■■■■■■■■■■■■■�
          |  sealed blocks        |   slot    |   before the next one is to be chosen
 """
 
+from collections.abc import Sequence as Listed
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum, auto
 
@@ -55,12 +56,13 @@ class Work:
     tail_address: the worker that keeps its unfinished block; empty: none does.
     trace: W3C context of its span.
     matcher: what the settings' constraint allows after the output so far; its sequence owns it.
+    keys: of the first full blocks, where the submitter has worked them out; the rest are here.
     simulated, source: for a simulated device: its trace, and how fast its KV comes from another.
     """
 
     ticket: int
     request_id: str
-    token_ids: tuple[int, ...]
+    token_ids: Listed[int]
     num_prompt: int
     settings: SamplingSettings
     root: bytes
@@ -71,6 +73,7 @@ class Work:
     tail_address: str = ""
     trace: tuple[tuple[str, str], ...] = ()
     matcher: OutputMatcher | None = None
+    keys: tuple[bytes, ...] = ()
     simulated: SimulatedTrace | None = None
     source: TransferTime = field(default_factory=TransferTime)
 
@@ -156,7 +159,7 @@ class Sequence:
         self._tokens = np.zeros(capacity, np.int64)
         self._tokens[: self.length] = work.token_ids
         self._table = np.zeros(-(-capacity // BLOCK_SIZE), np.int32)
-        self._keys = block_keys(work.root, work.token_ids, BLOCK_SIZE)
+        self._keys = list(work.keys) or block_keys(work.root, work.token_ids, BLOCK_SIZE)
         ends = () if work.settings.ignore_eos else work.eos_token_ids
         self._end_ids = work.settings.stop_token_ids.union(ends)
         self._banned = tuple(sorted(self._end_ids))
@@ -193,6 +196,12 @@ class Sequence:
             raise ValueError(f"{self.work.request_id} holds no slot")
         return self.slot
 
+    def keys(self, start: int, stop: int) -> Listed[bytes]:
+        """The keys of blocks [start, stop), whose tokens are all known."""
+        if stop > len(self._keys):
+            self.key(stop - 1)
+        return self._keys[start:stop]
+
     def key(self, index: int) -> bytes:
         """The key of block `index`, whose tokens are all known."""
         while len(self._keys) <= index:
@@ -216,9 +225,9 @@ class Sequence:
         """The pool ids as an array; entries after len(blocks) mean nothing."""
         return self._table
 
-    def note_seal(self, seconds: float) -> None:
-        """A block was filled; `seconds` is its part of the step's sealing."""
-        self.sealed_here += 1
+    def note_seals(self, count: int, seconds: float) -> None:
+        """So many blocks were filled; `seconds` is their part of the step's sealing."""
+        self.sealed_here += count
         if self.generated:
             self.decode_seal_s += seconds
         else:
@@ -263,6 +272,33 @@ class Sequence:
         if (most is not None and self.num_output >= most) or self.length >= limit:
             return Finish.LENGTH
         return Finish.HANDOVER if self.work.prefill_only else None
+
+    def extend(self, tokens: Listed[int], limit: int) -> Finish | None:
+        """`append` for each token in turn.
+
+        Raises ValueError, and has taken the tokens up to there, if one before the last ends it.
+        """
+        plain = self.history is None and self.work.matcher is None and not self._end_ids
+        # All but the last at once, where none of them could end it.
+        if plain and len(tokens) > 1 and self.length + len(tokens) - 1 < self._longest(limit):
+            self._tokens[self.length : self.length + len(tokens) - 1] = tokens[:-1]
+            self.length += len(tokens) - 1
+            self.generated += len(tokens) - 1
+            tokens = tokens[-1:]
+        finish = None
+        for token in tokens:
+            if finish is not None:
+                raise ValueError(f"{self.work.request_id} ended as {finish.name} before token")
+            finish = self.append(token, limit)
+        return finish
+
+    def tokens_left(self, limit: int) -> int:
+        """Output tokens until it ends for its length, if nothing ends it before."""
+        return 1 if self.work.prefill_only else self._longest(limit) - self.length
+
+    def _longest(self, limit: int) -> int:
+        most = self.work.settings.max_tokens
+        return limit if most is None else min(limit, self.work.num_prompt + most)
 
     def end(self, finish: Finish, now: float) -> None:
         """The one way into the terminal state. Raises ValueError the second time."""

@@ -1,0 +1,1 @@
+"""Workload files, one per kind of traffic; copy one and change it."""
