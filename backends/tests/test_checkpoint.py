@@ -203,7 +203,7 @@ def test_weights_behind_links_are_read_in_place(folder, tmp_path):
     loaded = load_checkpoint(folder)
     stages = StagePipeline(loaded, 4, SessionOptions())
     stages.run(0, 4)
-    assert stages.q.any()
+    assert stages.buffers.q.any()
     assert sum(len(loaded.stage(stage)) for stage in range(3)) < 10_000  # no weights inside
 
 

@@ -5,12 +5,22 @@ A backend that is listed and runs on this machine is tested; nothing here knows 
 
 import numpy as np
 import pytest
+from cuda_on_cpu import SHIM
 
 from kvmesh.backends.base import Model, Segment
 from kvmesh.backends.registry import list_backends
 from kvmesh.kernels.errors import BlockError
 
-BACKENDS = [name for name, reason in list_backends().items() if reason is None]
+ON_GPU = ("cuda",)
+BACKENDS = [
+    *(name for name, reason in list_backends().items() if reason is None and name not in ON_GPU),
+    SHIM,
+    *(
+        pytest.param(name, marks=[pytest.mark.gpu, pytest.mark.skipif(bool(reason), reason=reason)])
+        for name, reason in list_backends().items()
+        if name in ON_GPU
+    ),
+]
 CODECS = ["fp32", "fp16", "k4v4"]
 TOLERANCE = {"fp32": 1e-3, "fp16": 1e-2}  # of the range of the logits
 ODD_CUTS = [1, 2, 65, 67, 100, 127, 128, 129]

@@ -75,9 +75,7 @@ def test_another_model_s_steps_say_so_and_take_longer():
     step = StepShape(decode_sequences=1, context_tokens=500, decode_context=500)
     assert large.step_seconds(step) > 5 * own.step_seconds(step)
     # A byte of this model's KV stands for as many as the other's blocks are larger.
-    ratio = (
-        load_shape("llama-3.1-70b").kv_elements_per_token / load_shape("mini").kv_elements_per_token
-    )
+    ratio = large.kv_ratio
     assert large.device.transfer_byte_s * 8 / own.device.transfer_byte_s == pytest.approx(
         ratio, rel=0.2
     )
@@ -101,6 +99,20 @@ def test_what_cannot_be_simulated_is_named(wanted: Simulation, kind: type, told:
 def test_a_backend_that_measures_refuses_to_simulate():
     with pytest.raises(BackendUnavailable, match="simulates no device"):
         CpuBackend().open(MINI, simulated(device="b200"))
+
+
+def test_an_lpu_is_timed_as_another_model_and_refuses_the_rest():
+    own, timed = (
+        open_model("lpu", MINI, SMALL),
+        open_model("lpu", MINI, simulated(model="mistral-7b")),
+    )
+    assert timed.device.name.endswith("timed as mistral-7b") and timed.device.count > 30
+    step = StepShape(decode_sequences=1, context_tokens=100)
+    assert timed.estimate().seconds(step) > 10 * own.estimate().seconds(step)
+    for each in (own, timed):
+        each.close()
+    with pytest.raises(BackendUnavailable, match="takes the model alone"):
+        open_model("lpu", MINI, simulated(device="b200"))
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,16 @@ COUNTS = [*range(1, 71), 100, 127, 128, 129, 255, 511]
 def outputs(stages: StagePipeline, count: int, offset: int) -> list[np.ndarray]:
     """All that the stages compute for `count` rows that begin at `offset` of a fixed input."""
     rng = np.random.default_rng(0)
-    stages.ids[:count] = rng.integers(0, 131, MOST)[offset : offset + count]
-    stages.positions[:count, 0] = rng.integers(0, 512, MOST)[offset : offset + count]
-    attention = rng.standard_normal((MOST, *stages.attention.shape[1:]), np.float32)
+    stages.buffers.ids[:count] = rng.integers(0, 131, MOST)[offset : offset + count]
+    stages.buffers.positions[:count, 0] = rng.integers(0, 512, MOST)[offset : offset + count]
+    attention = rng.standard_normal((MOST, *stages.buffers.attention.shape[1:]), np.float32)
     found = []
     for stage in range(2):
         stages.run(stage, count)
-        found += [each[:count].copy() for each in (stages.q, stages.k, stages.v)]
-        stages.attention[:count] = attention[offset : offset + count]
+        found += [
+            each[:count].copy() for each in (stages.buffers.q, stages.buffers.k, stages.buffers.v)
+        ]
+        stages.buffers.attention[:count] = attention[offset : offset + count]
     return found
 
 

@@ -200,13 +200,22 @@ static int launch(void (*kernel)(Args...), const unsigned* grid, unsigned block,
     return launch(kernel, grid, block, reversed, args, std::index_sequence_for<Args...>());
 }
 
-static float half_to_float(uint16_t bits) {
+static float widen(uint16_t bits) {
     const int exponent = bits >> 10 & 31, mantissa = bits & 1023;
     const float magnitude = exponent == 0    ? std::ldexp(float(mantissa), -24)
                             : exponent == 31 ? (mantissa ? NAN : INFINITY)
                                              : std::ldexp(float(1024 + mantissa), exponent - 25);
     return bits & 0x8000 ? -magnitude : magnitude;
 }
+
+static std::vector<float> widen_all() {
+    std::vector<float> all(1 << 16);
+    for (int bits = 0; bits < 1 << 16; bits++) all[bits] = widen(uint16_t(bits));
+    return all;
+}
+
+static const std::vector<float> widened = widen_all();
+static float half_to_float(uint16_t bits) { return widened[bits]; }
 
 static uint16_t float_to_half(float x) {  // to the nearest, ties to even
     const uint16_t sign = std::signbit(x) ? 0x8000 : 0;

@@ -5,7 +5,9 @@ import os
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kvmesh.kernels.cuda.device import DeviceFacts, Place
 from kvmesh.kernels.cuda.source import FOLDER, KERNELS, Unit
 
 HERE = Path(__file__).parent
@@ -21,7 +24,8 @@ SHARED_LIMIT = 99 << 10  # bytes of one thread block on the smallest architectur
 
 
 class ShimError(RuntimeError):
-    """A launch that a GPU would not survive: a divergent barrier, too much shared memory."""
+    """What a GPU would not survive: a divergent barrier, too much shared memory, a copy or an
+    allocation while launches are being recorded."""
 
 
 def build(name: str, text: str, kernels: Sequence[str], digest: str) -> Path:
@@ -50,16 +54,32 @@ def build(name: str, text: str, kernels: Sequence[str], digest: str) -> Path:
     return path
 
 
+class ShimTimer:
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, first: float, last: float) -> float:
+        return last - first
+
+
 class ShimDevice:
     """See kernels.cuda.device.Device. reversed_threads: the last thread of a block runs first."""
+
+    place = Place("cpu")
+    timer = ShimTimer()
 
     def __init__(self, reversed_threads: bool = False) -> None:
         self._reversed = reversed_threads
         self._libraries: dict[Unit, ctypes.CDLL] = {}
         self._lock = threading.Lock()
+        self._recorded: list[Callable[[], None]] | None = None
         self.launches: list[str] = []
 
+    def describe(self) -> DeviceFacts:
+        return DeviceFacts("CUDA text on the CPU", "shim", free_bytes=1 << 30)
+
     def zeros(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        self._not_recording("an allocation")
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         raw = np.zeros(size + 256, np.uint8)
         start = -raw.ctypes.data % 256
@@ -70,14 +90,20 @@ class ShimDevice:
         copy[...] = source
         return copy
 
+    def write(self, target: npt.NDArray[Any], source: npt.NDArray[Any]) -> None:
+        self._not_recording("a copy to the device")
+        if (target.shape, target.dtype) != (source.shape, source.dtype):
+            raise ShimError(f"{source.dtype}{source.shape} over {target.dtype}{target.shape}")
+        if not target.flags.c_contiguous:
+            raise ShimError(f"an array of shape {target.shape} is not C-contiguous")
+        target[...] = source
+
     def get(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        self._not_recording("a copy to the host")
         return array.copy()
 
     def pointer(self, array: npt.NDArray[Any]) -> int:
         return int(array.ctypes.data)
-
-    def synchronize(self) -> None:
-        pass
 
     def launch(
         self, unit: Unit, kernel: str, grid: tuple[int, int, int], threads: int, shared_bytes: int,
@@ -87,15 +113,42 @@ class ShimDevice:
             raise ShimError(f"{kernel} asks for {shared_bytes} bytes, {SHARED_LIMIT} are there")
         if min(grid) < 1:
             raise ShimError(f"{kernel} has an empty grid {grid}")
+        run = partial(self._run, unit, kernel, (grid, threads), [_cell(arg) for arg in args])
+        if self._recorded is not None:
+            self._recorded.append(run)
+        else:
+            run()
+
+    def capture(self, work: Callable[[], None]) -> Callable[[], None]:
+        recorded: list[Callable[[], None]] = []
+        self._recorded = recorded
+        try:
+            work()
+        finally:
+            self._recorded = None
+
+        def replay() -> None:
+            for run in recorded:
+                run()
+
+        return replay
+
+    def _run(
+        self, unit: Unit, kernel: str, shape: tuple[tuple[int, int, int], int], cells: list[Any]
+    ) -> None:
+        grid, threads = shape
         with self._lock:
             self.launches.append(kernel)
             library = self._library(unit)
-            cells = [_cell(arg) for arg in args]
             table = (ctypes.c_void_p * len(cells))(*(ctypes.addressof(cell) for cell in cells))
             run = getattr(library, f"run_{kernel}")
             if run((ctypes.c_uint * 3)(*grid), threads, int(self._reversed), table):
                 library.shim_message.restype = ctypes.c_char_p
                 raise ShimError(f"{kernel}: {library.shim_message().decode()}")
+
+    def _not_recording(self, what: str) -> None:
+        if self._recorded is not None:
+            raise ShimError(f"{what} while launches are recorded")
 
     def _library(self, unit: Unit) -> ctypes.CDLL:
         if unit not in self._libraries:

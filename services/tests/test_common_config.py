@@ -24,7 +24,7 @@ def test_json_round_trip_is_exact() -> None:
         ({"router": {"prot": 1}}, "unknown key 'router.prot', did you mean 'port'?"),
         ({"ruoter": {}}, "unknown key 'ruoter', did you mean 'router'?"),
         ({"workers": [{"rol": "both"}]}, "unknown key 'workers.0.rol', did you mean 'role'?"),
-        ({"kvcache": {"zzz": 1}}, "known keys: shards, max_bytes, replicas"),
+        ({"kvcache": {"zzz": 1}}, "known keys: shards, max_bytes, backend, device_bytes, replicas"),
         ({"router": {"port": 70000}}, "router.port = 70000"),
         ({"workers": []}, "workers = []"),
         ({"model": {"codec": "k9v9"}}, "model.codec = 'k9v9'"),

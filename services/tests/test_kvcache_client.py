@@ -20,6 +20,7 @@ from kvmesh.services.common.telemetry import Telemetry
 from kvmesh.services.kvcache.client import KvCacheClient, SealedBlock
 from kvmesh.services.kvcache.feed import EventFeed
 from kvmesh.services.kvcache.keys import block_keys, root_key
+from kvmesh.services.kvcache.memory import HeldBlock
 from kvmesh.services.kvcache.placement import place, place_all
 from kvmesh.services.kvcache.servicer import Identity, KvCacheServicer
 from kvmesh.services.kvcache.store import BlockStore
@@ -72,7 +73,7 @@ class BreakingShard(KvCacheServicer):
 @dataclass
 class Mesh:
     links: Links = field(default_factory=Links)
-    stores: dict[str, BlockStore] = field(default_factory=dict)
+    stores: dict[str, BlockStore[HeldBlock]] = field(default_factory=dict)
     servers: dict[str, BoundServer] = field(default_factory=dict)
     telemetry: Telemetry = field(default_factory=lambda: Telemetry("kvcache", "test"))
     clients: list[KvCacheClient] = field(default_factory=list)
@@ -95,7 +96,7 @@ class Mesh:
     async def add_shard(
         self, max_bytes: int, kind: type[KvCacheServicer] = KvCacheServicer
     ) -> KvCacheServicer:
-        store = BlockStore(max_bytes)
+        store: BlockStore[HeldBlock] = BlockStore(max_bytes)
         feed = EventFeed(1, store.keys)
         identity = Identity(f"kvcache-{len(self.stores)}", 1, faults=True)
         servicer = kind(identity, store, feed, self.telemetry, lambda: 1.0)

@@ -16,6 +16,7 @@ from kvmesh.services.common.process import ProcessContext
 from kvmesh.services.common.security import Security
 from kvmesh.services.common.server import BoundServer, Listener, serve
 from kvmesh.services.common.telemetry import Telemetry
+from kvmesh.services.kvcache import service
 from kvmesh.services.kvcache.client import KvCacheClient
 from kvmesh.services.kvcache.service import KvCacheService
 from kvmesh.v1 import mesh_pb2, mesh_pb2_grpc
@@ -128,3 +129,21 @@ async def test_probe_uses_the_given_credentials() -> None:
         await service.close()
         await bound.stop(0)
         telemetry.close()
+
+
+@pytest.mark.parametrize(("limit", "slots"), [(None, 4), (2 << 20, 2), (64 << 20, 4)])
+def test_a_shard_on_a_gpu_takes_its_share_of_the_budget(
+    monkeypatch: pytest.MonkeyPatch, limit: int | None, slots: int
+) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(service, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(service, "CupyDevice", lambda: None)
+    monkeypatch.setattr(service, "DeviceMemory", lambda device, size: taken.append(size >> 20))
+    service.open_memory(KvCacheConfig(backend="cuda", max_bytes=4 << 20, device_bytes=limit))
+    assert taken == [slots]
+
+
+def test_a_shard_without_its_gpu_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "unavailable_reason", lambda: "no GPU is here; install one")
+    with pytest.raises(ConfigError, match=r"kvcache.backend = 'cuda': no GPU is here; install one"):
+        service.open_memory(KvCacheConfig(backend="cuda"))

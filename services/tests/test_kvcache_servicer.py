@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from cuda_shim import ShimDevice
 from span_sink import SpanSink
 
 from kvmesh.kernels.block import finish
@@ -20,8 +21,10 @@ from kvmesh.services.common.errors import Overloaded, from_rpc
 from kvmesh.services.common.security import Security
 from kvmesh.services.common.server import BoundServer, Listener
 from kvmesh.services.common.telemetry import Telemetry
+from kvmesh.services.kvcache.device_memory import DeviceMemory
 from kvmesh.services.kvcache.feed import EventFeed
 from kvmesh.services.kvcache.keys import block_keys, root_key
+from kvmesh.services.kvcache.memory import BlockMemory, HeldBlock, HostMemory
 from kvmesh.services.kvcache.servicer import INLINE_BYTES, Identity, KvCacheServicer
 from kvmesh.services.kvcache.store import BlockStore
 from kvmesh.v1 import kvcache_pb2 as pb
@@ -32,6 +35,16 @@ SMALL = KvLayout(1, 1, 32, "k4v4", b"f" * 16)
 LARGE = KvLayout(4, 4, 64, "fp16", b"f" * 16)
 ROOT = root_key(b"f" * 16, "k4v4", 64, "")
 TIMEOUT = 20.0
+MEMORIES: dict[str, Callable[[], BlockMemory]] = {
+    "main memory": HostMemory,
+    "device": lambda: DeviceMemory(ShimDevice(), 3 * SMALL.block_bytes),
+}
+
+
+@pytest.fixture(params=MEMORIES, autouse=True)
+def kind_of_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs on main memory, and on a device that holds three small blocks."""
+    monkeypatch.setitem(MEMORIES, "chosen", MEMORIES[request.param])
 
 
 def chain(count: int, first: int = 0, layout: KvLayout = SMALL) -> list[pb.PutRequest]:
@@ -60,7 +73,7 @@ class Shard:
     """A running shard, its inside and a stub to it."""
 
     stub: kvcache_pb2_grpc.KvCacheStub
-    store: BlockStore
+    store: BlockStore[HeldBlock]
     feed: EventFeed
     servicer: KvCacheServicer
     now: float = 100.0
@@ -92,11 +105,12 @@ async def running(
     max_behind: int = 1024,
     spans: SpanSink | None = None,
 ) -> AsyncIterator[Shard]:
-    store = BlockStore(max_bytes, "life-")
+    memory = MEMORIES["chosen"]()
+    store: BlockStore[HeldBlock] = BlockStore(max_bytes, "life-", memory.free)
     feed = EventFeed(7, store.keys, max_behind)
     tracing = Telemetry("kvcache", "kvcache-0", spans.senders if spans else None)
     servicer = KvCacheServicer(
-        Identity("kvcache-0", 7, faults), store, feed, tracing, lambda: shard.now
+        Identity("kvcache-0", 7, faults), store, feed, tracing, lambda: shard.now, memory
     )
     bound = BoundServer(Listener("127.0.0.1", 0, ("kvmesh.v1.KvCache",)), Security())
     kvcache_pb2_grpc.add_KvCacheServicer_to_server(servicer, bound.server)
@@ -108,6 +122,7 @@ async def running(
         finally:
             await bound.stop(0)
             tracing.close()
+            await memory.close()
             store.check_integrity()
 
 

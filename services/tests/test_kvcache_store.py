@@ -21,7 +21,9 @@ def parent_of(chain: int, index: int) -> bytes:
     return key_of(chain, index - 1) if index else b""
 
 
-def put(store: BlockStore, chain: int, index: int, now: float, size: int = 10) -> tuple[bytes, ...]:
+def put(
+    store: BlockStore[bytes], chain: int, index: int, now: float, size: int = 10
+) -> tuple[bytes, ...]:
     data = bytes([index]) * size
     return store.put(key_of(chain, index), parent_of(chain, index), index, data, now).evicted
 
@@ -76,7 +78,8 @@ depths = st.integers(0, 5)
 class StoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.store = BlockStore(BUDGET)
+        self.freed: list[bytes] = []
+        self.store: BlockStore[bytes] = BlockStore(BUDGET, free=self.freed.append)
         self.model = NaiveStore()
         self.now = 0.0
 
@@ -156,6 +159,7 @@ class StoreMachine(RuleBasedStateMachine):
         leased = {k for _, keys in self.model.leases.values() for k in keys}
         assert stats.leased_blocks == len(leased)
         assert stats.leases == len(self.model.leases)
+        assert len(self.freed) == stats.puts - stats.blocks  # each once, when it is let go
         assert stats.bytes_used == sum(len(b[2]) for b in self.model.blocks.values()) <= BUDGET
 
 

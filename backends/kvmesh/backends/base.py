@@ -13,6 +13,7 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from kvmesh.backends.errors import BackendUnavailable
 from kvmesh.kernels.layout import KvLayout
 
 
@@ -140,6 +141,14 @@ class ModelOptions:
     spin: bool = False
     memory_fraction: float = 0.5
     simulation: Simulation = Simulation()
+
+    def refuse_simulation(self, backend: str) -> None:
+        """For a backend that measures. Raises BackendUnavailable if it is asked to simulate."""
+        if self.simulation != Simulation():
+            raise BackendUnavailable(
+                f"backend {backend!r} measures, so it simulates no device; use backend simulated, "
+                "blackwell or rubin"
+            )
 
 
 @dataclass(frozen=True, slots=True)

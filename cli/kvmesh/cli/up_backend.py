@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 BackendName = Annotated[
     str | None,
     typer.Option(
-        "--backend", help="Backend of every worker, instead of the mesh.toml's.", show_default=False
+        "--backend",
+        help="Backend of every worker and shard, instead of the mesh.toml's.",
+        show_default=False,
     ),
 ]
 
@@ -33,7 +35,10 @@ Weights = Annotated[
 
 
 def with_backend(config: "MeshConfig", name: str) -> "MeshConfig":
-    """The mesh with that backend for every worker. Raises ConfigError if it cannot run here."""
+    """The mesh with that backend for every worker, and for the shards' memory where it has one.
+
+    Raises ConfigError if it cannot run here.
+    """
     from kvmesh.backends.registry import AUTO, unavailable_reason
     from kvmesh.services.common.errors import ConfigError
 
@@ -41,7 +46,8 @@ def with_backend(config: "MeshConfig", name: str) -> "MeshConfig":
     if reason is not None:
         raise ConfigError(f"--backend {name}: {reason}")
     workers = tuple(each.model_copy(update={"backend": name}) for each in config.workers)
-    return config.model_copy(update={"workers": workers})
+    shards = config.kvcache.model_copy(update={"backend": "cuda" if name == "cuda" else "cpu"})
+    return config.model_copy(update={"workers": workers, "kvcache": shards})
 
 
 def simulating(config: "MeshConfig", given: dict[str, object]) -> "MeshConfig":

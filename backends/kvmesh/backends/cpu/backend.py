@@ -4,7 +4,7 @@ import importlib.util
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from kvmesh.backends.base import Model, ModelOptions, Simulation
+from kvmesh.backends.base import Model, ModelOptions
 from kvmesh.backends.errors import BackendUnavailable
 
 _NEEDED = ("numba", "onnx", "onnxruntime")
@@ -32,11 +32,7 @@ class CpuBackend:
         from kvmesh.backends.cpu.model import CpuModel
         from kvmesh.backends.models.loader import load_checkpoint
 
-        if options.simulation != Simulation():
-            raise BackendUnavailable(
-                "backend 'cpu' measures, so it simulates no device; use backend simulated, "
-                "blackwell or rubin"
-            )
+        options.refuse_simulation("cpu")
         return CpuModel(load_checkpoint(path), options)
 
 

@@ -23,10 +23,11 @@ from kvmesh.backends.errors import CheckpointError
 from kvmesh.backends.models.loader import Checkpoint
 from kvmesh.backends.models.spec import model_spec
 from kvmesh.backends.ort import SessionOptions, StagePipeline
+from kvmesh.backends.pool import count_blocks
 from kvmesh.backends.steps import StepLimits, flatten
+from kvmesh.backends.warmup import touched, warm_up_steps
 from kvmesh.kernels.cpu import step as kernel
 from kvmesh.kernels.errors import CodecError
-from kvmesh.kernels.layout import BLOCK_SIZE, KvLayout
 
 Floats = npt.NDArray[np.float32]
 
@@ -34,9 +35,6 @@ Floats = npt.NDArray[np.float32]
 _CORE_USD_H = 0.04
 _CORE_SOURCE = "about a cloud's core on demand; price_usd_per_hour sets yours"
 _POOL_LIMIT_BYTES = 2 << 30
-_POOL_SEQUENCES = 64  # a pool need not hold more than this many of full length
-_WARM_UP_TOKENS = 128
-_WARM_UP_SEQUENCES = 8
 # Proportions of a small model on one core; its own steps soon set the magnitudes.
 _PRIOR = Estimate(3e-4, 1e-4, 1e-4, 5e-7)
 
@@ -62,7 +60,7 @@ class CpuModel:
         config = checkpoint.config
         self._spec = model_spec(checkpoint, options)
         layout = self._spec.layout
-        num_blocks = _num_blocks(layout, config.max_context, options)
+        num_blocks = count_blocks(layout, config.max_context, options, _budget(options))
         self._pool = CpuPool(layout, num_blocks, options.num_slots)
         self._limits = StepLimits(
             vocab_size=config.vocab_size,
@@ -115,10 +113,11 @@ class CpuModel:
         plan = kernel.StepPlan(
             row_start=step.row_start, pos=step.start, slot=step.slot, tables=step.tables
         )
-        stages.ids[:tokens] = step.ids
-        stages.positions[:tokens, 0] = step.positions
-        qkv = stages.q[:tokens], stages.k[:tokens], stages.v[:tokens]
-        out = stages.attention[:tokens]
+        buffers = stages.buffers
+        buffers.ids[:tokens] = step.ids
+        buffers.positions[:tokens, 0] = step.positions
+        qkv = buffers.q[:tokens], buffers.k[:tokens], buffers.v[:tokens]
+        out = buffers.attention[:tokens]
         seal_s = 0.0
         for layer in range(layout.num_layers):
             stages.run(layer, tokens)
@@ -157,33 +156,18 @@ class CpuModel:
 
     def _warm_up(self) -> None:
         """A few real steps, so that the first estimate rests on measurements of this machine."""
-        limits = self._limits
-        count = min(_WARM_UP_TOKENS, limits.max_tokens, limits.max_context - 1)
-        count = min(count, limits.num_blocks * BLOCK_SIZE - 1)
-        if count < 1:
-            return
-        table = np.arange(limits.num_blocks, dtype=np.int32)
-        prompt, token = np.zeros(count, np.int64), np.zeros(1, np.int64)
-        slots = range(min(_WARM_UP_SEQUENCES, limits.num_slots, limits.max_tokens))
-        steps = [
-            [Segment(0, 0, prompt, table)],
-            [Segment(0, 0, prompt[: count // 2 + 1], table)],
-            [Segment(0, count, token, table)],
-            [Segment(slot, 0, token, table) for slot in slots],
-        ]
+        steps = warm_up_steps(self._limits)
         for step in steps:
             self.forward(step)
         self._fit = StepFit(_PRIOR)  # the first round also paid for first touches and bindings
         for step in steps:
             self.forward(step)
-        self._pool.blocks[: count // BLOCK_SIZE + 1] = 0
-        self._pool.tails[slots] = 0
+        blocks, slots = touched(self._limits)
+        self._pool.blocks[:blocks] = 0
+        self._pool.tails[:slots] = 0
 
 
-def _num_blocks(layout: KvLayout, max_context: int, options: ModelOptions) -> int:
-    if options.num_blocks is not None:
-        return options.num_blocks
+def _budget(options: ModelOptions) -> int:
+    """Bytes for sealed blocks."""
     free = memory_bytes("MemAvailable", _POOL_LIMIT_BYTES)
-    budget = min(int(free * options.memory_fraction), _POOL_LIMIT_BYTES)
-    blocks_per_sequence = -(-max_context // BLOCK_SIZE)
-    return max(1, min(budget // layout.block_bytes, _POOL_SEQUENCES * blocks_per_sequence))
+    return min(int(free * options.memory_fraction), _POOL_LIMIT_BYTES)

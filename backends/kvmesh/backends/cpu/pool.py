@@ -4,8 +4,8 @@ import numpy as np
 import numpy.typing as npt
 
 from kvmesh.backends.arrays import aligned_zeros
+from kvmesh.backends.pool import check_block_id, check_tail, parse_tail
 from kvmesh.kernels import block
-from kvmesh.kernels.errors import BlockError
 from kvmesh.kernels.layout import BLOCK_SIZE, KvLayout
 
 
@@ -36,7 +36,7 @@ class CpuPool:
 
     def import_block(self, block_id: int, data: bytes | memoryview) -> None:
         """Verifies first and copies after, so a bad block leaves the pool as it was."""
-        self._check_id(block_id)
+        check_block_id(block_id, self.num_blocks)
         block.verify(data, self._layout)
         self.blocks[block_id] = np.frombuffer(data, np.uint8)
 
@@ -50,28 +50,16 @@ class CpuPool:
 
     def import_tail(self, slot: int, num_tokens: int, data: bytes | memoryview) -> None:
         tail = self._tail(slot, num_tokens)
-        if memoryview(data).nbytes != tail.nbytes:
-            raise BlockError(
-                f"a tail of {num_tokens} tokens takes {tail.nbytes} bytes, "
-                f"not {memoryview(data).nbytes}"
-            )
-        tail[...] = np.frombuffer(data, "<f4").reshape(tail.shape)
+        tail[...] = parse_tail(self._layout, num_tokens, data)
 
     def export_tail(self, slot: int, num_tokens: int) -> bytes:
         return self._tail(slot, num_tokens).astype("<f4", copy=False).tobytes()
 
     def _row(self, block_id: int) -> npt.NDArray[np.uint8]:
-        self._check_id(block_id)
+        check_block_id(block_id, self.num_blocks)
         row: npt.NDArray[np.uint8] = self.blocks[block_id]
         return row
 
-    def _check_id(self, block_id: int) -> None:
-        if not 0 <= block_id < self.num_blocks:
-            raise ValueError(f"block id {block_id} is not in [0, {self.num_blocks})")
-
     def _tail(self, slot: int, num_tokens: int) -> npt.NDArray[np.float32]:
-        if not 0 <= slot < self.num_slots:
-            raise ValueError(f"slot {slot} is not in [0, {self.num_slots})")
-        if not 0 <= num_tokens < BLOCK_SIZE:
-            raise ValueError(f"a tail has {num_tokens} tokens, must be in [0, {BLOCK_SIZE})")
+        check_tail(slot, self.num_slots, num_tokens)
         return self.tails[slot, :, :, :num_tokens]

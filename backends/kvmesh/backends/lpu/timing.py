@@ -1,7 +1,7 @@
 """Seconds of a step on simulated LPU chips, from programs that were compiled and run."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvmesh.backends.base import DeviceInfo, Estimate, StepShape
 from kvmesh.backends.devices.library import load_device
@@ -33,6 +33,18 @@ class LpuClock:
     token: float
     single: float  # cycles per token of context, of one sequence's decode
     shared: float  # likewise, for each further token of a prompt
+
+    def timed_as(self, name: str, own: ModelShape) -> "LpuClock":
+        """The clock of another model than `own`, which computes: its device says so."""
+        timed = self.placement.shape
+        ratio = timed.num_layers * timed.kv_heads * timed.head_dim
+        ratio /= own.num_layers * own.kv_heads * own.head_dim
+        device = replace(
+            self.device,
+            name=f"{self.device.name}, timed as {name}",
+            transfer_byte_s=self.device.transfer_byte_s * ratio,
+        )
+        return replace(self, device=device)
 
     def step_seconds(self, shape: StepShape) -> float:
         """One step: the tokens of a prompt, and of all that decode, go through the layers."""

@@ -498,16 +498,20 @@ KERNEL finish_rows(
     }
     const int own = position - first + 1, lane = threadIdx.x % 32;
     const float* query = q + ((int64_t)row * heads * group + query_head) * DIM;
-    for (int u = threadIdx.x / 32; u < own; u += blockDim.x / 32) {
-        const float* key = exact_vector(step, kv, segment, first + u, 0, head);
+    // Eight lanes to a key, four keys to a warp: three shuffles for four keys. The lanes of keys past
+    // the end come along, as all of a warp meet at a shuffle.
+    const int part = lane % 8;
+    for (int u0 = threadIdx.x / 32 * 4; u0 < own; u0 += blockDim.x / 32 * 4) {
+        const int u = u0 + lane / 8;
+        const float* key = exact_vector(step, kv, segment, first + (u < own ? u : own - 1), 0, head);
         float dot = 0.0f;
-        for (int j = lane; j < DIM; j += 32) dot = add(dot, multiply(query[j], key[j]));
+        for (int j = part; j < DIM; j += 8) dot = add(dot, multiply(query[j], key[j]));
 #pragma unroll
-        for (int mask = 16; mask; mask /= 2) dot = add(dot, shuffle_xor(dot, mask));
+        for (int mask = 4; mask; mask /= 2) dot = add(dot, shuffle_xor(dot, mask));
         dot = multiply(multiply(dot, scale), LOG2_E);
         if (cap > 0.0f) dot = LOG2_E * cap * tanhf(divide(multiply(dot, LN_2), cap));
         if (window && first + u <= position - window) dot = NEVER;
-        if (lane == 0) scores[u] = dot;
+        if (part == 0 && u < own) scores[u] = dot;
     }
     sync_block();
     float own_peak = NEVER;

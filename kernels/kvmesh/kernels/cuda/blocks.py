@@ -64,10 +64,10 @@ class BlockTools:
         """Header, trailer and checksum of the blocks that the plan fills."""
         args = (
             pool, np.int64(self._bytes), self._header, np.int32(self._header.size), plan.tables,
-            np.int32(plan.host.tables.shape[1]), plan.filled, plan.num_filled, plan.bad,
+            np.int32(plan.grid.table_width), plan.filled, plan.num_filled, plan.bad,
             self._advance, self._joins,
         )  # fmt: skip
-        grid = (len(plan.host.filled), 1, 1)
+        grid = (plan.grid.filled, 1, 1)
         self._device.launch(UNIT, "finish_blocks", grid, CRC_LANES, _CRC_SHARED, args)
 
     def verify(self, pool: Any, ids: npt.ArrayLike) -> None:

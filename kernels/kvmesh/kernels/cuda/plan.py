@@ -4,6 +4,7 @@ Pure but for the upload. A piece is the tokens of one segment that lie in one bl
 rows of a piece, a row one query token of one query head of the KV head's group.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,10 +97,49 @@ def _tiles(tiles: list[tuple[int, int, int]]) -> Ints:
 
 
 @dataclass(frozen=True, slots=True)
+class Grid:
+    """How far the launches of a step reach; those of a captured one may reach further than it.
+
+    decode, prefill: tiles. filled: blocks. Counts of the step itself are in device memory.
+    """
+
+    tokens: int
+    segments: int
+    table_width: int
+    num_parts: int
+    decode: int
+    prefill: int = 0
+    filled: int = 0
+
+    def holds(self, other: "Grid") -> bool:
+        """Whether a step of that size runs within this one."""
+        return all(getattr(self, name) >= getattr(other, name) for name in self.__slots__)
+
+
+def grid_of(plan: HostPlan) -> Grid:
+    """The smallest that holds the step."""
+    return Grid(
+        tokens=int(plan.row_start[-1]),
+        segments=len(plan.start),
+        table_width=plan.tables.shape[1],
+        num_parts=plan.num_parts,
+        decode=len(plan.decode),
+        prefill=len(plan.prefill),
+        filled=len(plan.filled),
+    )
+
+
+def decode_grid(tokens: int, table_width: int, splitting: Splitting) -> Grid:
+    """Holds every step of so many tokens whose pieces are all short and that fills no block."""
+    return Grid(tokens, tokens, table_width, tokens * splitting.most, decode=tokens)
+
+
+@dataclass(frozen=True, slots=True)
 class DevicePlan:
     """A HostPlan in device memory, with the counts that kernels read there. bad int32 [F]."""
 
-    host: HostPlan
+    grid: Grid
+    host: HostPlan | None  # None: it changes from step to step
     row_start: Any
     start: Any
     slot: Any
@@ -116,24 +156,76 @@ class DevicePlan:
     bad: Any
 
 
-def upload(device: Device, plan: HostPlan) -> DevicePlan:
-    def count(n: int) -> Any:
-        return device.put(np.array([n], np.int32))
+_ALIGNMENT = 16  # bytes
+_INT32, _INT64 = np.dtype(np.int32), np.dtype(np.int64)
+_COUNTS = ("num_tokens", "num_decode", "num_prefill", "num_filled")
 
-    return DevicePlan(
-        host=plan,
-        row_start=device.put(plan.row_start),
-        start=device.put(plan.start),
-        slot=device.put(plan.slot),
-        tables=device.put(plan.tables),
-        token_segment=device.put(plan.token_segment),
-        token_part=device.put(plan.token_part),
-        decode=device.put(plan.decode),
-        prefill=device.put(plan.prefill),
-        filled=device.put(plan.filled),
-        num_tokens=count(int(plan.row_start[-1])),
-        num_decode=count(len(plan.decode)),
-        num_prefill=count(len(plan.prefill)),
-        num_filled=count(len(plan.filled)),
-        bad=device.zeros((max(1, len(plan.filled)),), np.int32),
-    )
+
+def _sections(grid: Grid) -> tuple[dict[str, tuple[int, np.dtype[Any], tuple[int, ...]]], int]:
+    """Where each array of a plan lies in one piece of memory: (offset, dtype, shape); and its size.
+
+    One copy takes a whole plan to the device.
+    """
+    shapes: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {
+        "start": (_INT64, (grid.segments,)),
+        "row_start": (_INT32, (grid.segments + 1,)),
+        "slot": (_INT32, (grid.segments,)),
+        "tables": (_INT32, (grid.segments, grid.table_width)),
+        "token_segment": (_INT32, (grid.tokens,)),
+        "token_part": (_INT32, (grid.tokens,)),
+        "decode": (_INT32, (grid.decode, 3)),
+        "prefill": (_INT32, (grid.prefill, 3)),
+        "filled": (_INT32, (grid.filled, 2)),
+        **dict.fromkeys(_COUNTS, (_INT32, (1,))),
+    }
+    found, at = {}, 0
+    for name, (dtype, shape) in shapes.items():
+        found[name] = (at, dtype, shape)
+        at += -(-dtype.itemsize * math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
+    return found, at
+
+
+def _pack(plan: HostPlan, grid: Grid) -> npt.NDArray[np.uint8]:
+    """The plan's bytes, laid out for `grid`; what the step does not reach is zero."""
+    sections, size = _sections(grid)
+    packed = np.zeros(size, np.uint8)
+    counts = (int(plan.row_start[-1]), len(plan.decode), len(plan.prefill), len(plan.filled))
+    numbers = dict(zip(_COUNTS, counts, strict=True))
+    for name, (at, dtype, shape) in sections.items():
+        end = at + dtype.itemsize * math.prod(shape)
+        target = packed[at:end].view(dtype).reshape(shape)
+        value = np.array([numbers[name]]) if name in numbers else getattr(plan, name)
+        target[tuple(slice(length) for length in value.shape)] = value
+    return packed
+
+
+def _views(memory: Any, grid: Grid) -> dict[str, Any]:
+    return {
+        name: memory[at : at + dtype.itemsize * math.prod(shape)].view(dtype).reshape(shape)
+        for name, (at, dtype, shape) in _sections(grid)[0].items()
+    }
+
+
+def upload(device: Device, plan: HostPlan) -> DevicePlan:
+    """In memory of its own."""
+    grid = grid_of(plan)
+    memory = device.put(_pack(plan, grid))
+    bad = device.zeros((max(1, grid.filled),), np.int32)
+    return DevicePlan(grid=grid, host=plan, bad=bad, **_views(memory, grid))
+
+
+class PlanBuffer:
+    """Device memory for one plan after the other, at addresses that stay: what a captured step
+    reads."""
+
+    def __init__(self, device: Device, grid: Grid) -> None:
+        self._device = device
+        self._memory = device.zeros((_sections(grid)[1],), np.uint8)
+        bad = device.zeros((max(1, grid.filled),), np.int32)
+        self.plan = DevicePlan(grid=grid, host=None, bad=bad, **_views(self._memory, grid))
+
+    def load(self, plan: HostPlan) -> None:
+        """The next launches of `self.plan` do this step. Raises ValueError if it does not fit."""
+        if not self.plan.grid.holds(grid_of(plan)):
+            raise ValueError(f"{grid_of(plan)} does not fit into {self.plan.grid}")
+        self._device.write(self._memory, _pack(plan, self.plan.grid))

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from kvmesh.kernels.cuda.blocks import BlockTools
 from kvmesh.kernels.cuda.device import Device
-from kvmesh.kernels.cuda.plan import DevicePlan, Splitting
+from kvmesh.kernels.cuda.plan import DevicePlan, Grid, Splitting
 from kvmesh.kernels.cuda.source import PREFILL_WARPS, ROWS, Unit, attend_shape, value_parts
 from kvmesh.kernels.errors import CodecError
 from kvmesh.kernels.layout import BLOCK_SIZE, KvLayout
@@ -71,14 +71,14 @@ class StepKernels:
 
     def seal(self, plan: DevicePlan, layer: int, kv: tuple[Any, Any]) -> None:
         """One layer of the blocks that the step fills."""
-        if not len(plan.host.filled):
+        if not plan.grid.filled:
             return
         layout, dim = self._layout, self._layout.head_dim
         shared = _SEAL_WARPS * 2 * dim * _FLOAT + BLOCK_SIZE * dim
-        grid = (len(plan.host.filled), layout.num_kv_heads, 2)
+        grid = (plan.grid.filled, layout.num_kv_heads, 2)
         args = (
             self._memory.blocks, *self._offsets(layer), plan.row_start, plan.start, plan.slot,
-            plan.tables, np.int32(plan.host.tables.shape[1]), *kv, self._memory.tails,
+            plan.tables, np.int32(plan.grid.table_width), *kv, self._memory.tails,
             np.int32(layer), np.int32(layout.num_layers), np.int32(layout.num_kv_heads),
             self._memory.centers[layer], plan.filled, plan.num_filled, plan.bad,
         )  # fmt: skip
@@ -94,7 +94,7 @@ class StepKernels:
             plan.num_tokens, *kv, np.int32(layer), np.int32(layout.num_layers),
             np.int32(layout.num_kv_heads),
         )  # fmt: skip
-        tokens = int(plan.host.row_start[-1])
+        tokens = plan.grid.tokens
         self._device.launch(self._unit("seal", layer), "append_tails", (tokens, 1, 1), 128, 0, args)
 
     def finish(self, plan: DevicePlan) -> None:
@@ -103,7 +103,7 @@ class StepKernels:
         Waits for the device. Raises CodecError if K or V of one held a NaN or an infinity; such a
         block has no header, the others are complete.
         """
-        if not len(plan.host.filled):
+        if plan.host is None or not plan.grid.filled:
             return
         self._tools.finish(self._memory.blocks, plan)
         bad = np.flatnonzero(self._device.get(plan.bad))
@@ -117,7 +117,7 @@ class StepKernels:
     ) -> None:  # fmt: skip
         query_heads = int(qkv[0].shape[1])
         group = query_heads // self._layout.num_kv_heads
-        peaks, outs = self._parts(plan, query_heads)
+        peaks, outs = self._parts(plan.grid, query_heads)
         rest = (plan.token_part, peaks, outs)
         for tiles, count, prefill in (
             (plan.decode, plan.num_decode, False),
@@ -138,8 +138,7 @@ class StepKernels:
         at, count, prefill = tiles
         q, group = query
         number = len(at)
-        words = self._array("queries", number * heads * shape.query_words, np.uint32)
-        meta = self._array("meta", number * heads * ROWS * 4, np.float32)
+        words, meta = self._queries(number, shape.query_words)
         args = (
             plan.row_start, plan.start, at, count, np.int32(group), np.int32(heads), q,
             self._memory.centers[layer], np.float32(self._scale(rule)), words, meta,
@@ -149,7 +148,7 @@ class StepKernels:
         limits = self._splitting
         args = (
             self._memory.blocks, *self._offsets(layer), plan.row_start, plan.start, plan.tables,
-            np.int32(plan.host.tables.shape[1]), at, count, np.int32(group), np.int32(heads), words,
+            np.int32(plan.grid.table_width), at, count, np.int32(group), np.int32(heads), words,
             meta, np.float32(rule.cap), np.int32(rule.window), np.int32(limits.most),
             np.int32(limits.least), *parts,
         )  # fmt: skip
@@ -171,10 +170,10 @@ class StepKernels:
         rule: Rule, parts: tuple[Any, Any, Any],
     ) -> None:  # fmt: skip
         layout, limits = self._layout, self._splitting
-        tokens, query_heads = int(plan.host.row_start[-1]), int(qkv[0].shape[1])
+        tokens, query_heads = plan.grid.tokens, int(qkv[0].shape[1])
         args = (
             plan.row_start, plan.start, plan.slot, plan.tables,
-            np.int32(plan.host.tables.shape[1]), plan.token_segment, plan.num_tokens, *qkv,
+            np.int32(plan.grid.table_width), plan.token_segment, plan.num_tokens, *qkv,
             self._memory.tails, np.int32(layer), np.int32(layout.num_layers),
             np.int32(query_heads // layout.num_kv_heads), np.int32(layout.num_kv_heads),
             self._memory.centers[layer], np.float32(self._scale(rule)), np.float32(rule.cap),
@@ -199,8 +198,20 @@ class StepKernels:
         starts = (at.key_codes, at.value_codes, at.key_scales, at.value_scales)
         return tuple(np.int64(value) for value in (self._layout.block_bytes, *starts))
 
-    def _parts(self, plan: DevicePlan, query_heads: int) -> tuple[Any, Any]:
-        number = plan.host.num_parts * query_heads
+    def reserve(self, grid: Grid, query_heads: int) -> None:
+        """Scratch memory for any step within `grid`, so that captured addresses stay."""
+        for layer in range(self._layout.num_layers):
+            words = attend_shape(self._unit("attend", layer)).query_words
+            self._queries(max(grid.decode, grid.prefill), words)
+        self._parts(grid, query_heads)
+
+    def _queries(self, tiles: int, words: int) -> tuple[Any, Any]:
+        number = tiles * self._layout.num_kv_heads
+        queries = self._array("queries", number * words, np.uint32)
+        return queries, self._array("meta", number * ROWS * 4, np.float32)
+
+    def _parts(self, grid: Grid, query_heads: int) -> tuple[Any, Any]:
+        number = grid.num_parts * query_heads
         halves = value_parts(self._layout.head_dim)
         peaks = self._array("peaks", number * halves * 2, np.float32)
         return peaks, self._array("outs", number * self._layout.head_dim, np.float32)

@@ -69,6 +69,8 @@ class TokenizerConfig(Section):
 class KvCacheConfig(Section):
     shards: Annotated[int, Field(ge=0)] = 2
     max_bytes: Annotated[int, Field(ge=1 << 20)] = 256 << 20  # per shard
+    backend: Literal["cpu", "cuda"] = "cpu"  # cuda: in the GPU's memory, what is over in main
+    device_bytes: Annotated[int, Field(ge=1 << 20)] | None = None  # of max_bytes; none: all
     replicas: Annotated[int, Field(ge=1)] = 1
 
 

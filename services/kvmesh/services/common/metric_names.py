@@ -43,6 +43,7 @@ CHECKSUM_FAILURES = "kvmesh.kv.checksum_failures"
 # kvcache
 SHARD_BLOCKS = "kvmesh.kvcache.blocks"
 SHARD_USED = "kvmesh.kvcache.used"
+SHARD_ON_DEVICE = "kvmesh.kvcache.on_device"
 SHARD_BUDGET = "kvmesh.kvcache.budget"
 SHARD_HITS = "kvmesh.kvcache.hits"
 SHARD_MISSES = "kvmesh.kvcache.misses"

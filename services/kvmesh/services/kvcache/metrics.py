@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 
 from kvmesh.services.common import metric_names as metric
 from kvmesh.services.common.metrics import Meters, Metric, Point
+from kvmesh.services.kvcache.memory import BlockMemory
 from kvmesh.services.kvcache.outcomes import StoreStats
 from kvmesh.services.kvcache.servicer import ShardCounts
 
@@ -21,7 +22,9 @@ _COUNTERS = (
 )
 
 
-def show_shard(meters: Meters, stats: Callable[[], StoreStats], counts: ShardCounts) -> None:
+def show_shard(
+    meters: Meters, stats: Callable[[], StoreStats], memory: BlockMemory, counts: ShardCounts
+) -> None:
     """Makes the shard's metrics."""
 
     def metric_of(name: str, unit: str, field: str, description: str) -> Metric:
@@ -34,6 +37,14 @@ def show_shard(meters: Meters, stats: Callable[[], StoreStats], counts: ShardCou
         ]
 
     meters.gauges(metric_of(*row) for row in _GAUGES)
+    meters.gauges(
+        [
+            Metric(
+                metric.SHARD_ON_DEVICE, "By", "Of those, bytes in a device's memory.",
+                lambda: memory.device_bytes,
+            )
+        ]
+    )  # fmt: skip
     meters.counters(metric_of(*row) for row in _COUNTERS)
     meters.counters(
         [

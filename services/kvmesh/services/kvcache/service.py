@@ -6,12 +6,17 @@ from collections.abc import Sequence
 
 import grpc
 
+from kvmesh.kernels.cuda.device import CupyDevice, unavailable_reason
 from kvmesh.services.common.client import Deadlines, Link, Links
+from kvmesh.services.common.config import KvCacheConfig
+from kvmesh.services.common.errors import ConfigError
 from kvmesh.services.common.lease import MembershipLease
 from kvmesh.services.common.process import ProcessContext, listen_port
 from kvmesh.services.common.server import Listener
 from kvmesh.services.kvcache.client import KvCacheClient
+from kvmesh.services.kvcache.device_memory import DeviceMemory
 from kvmesh.services.kvcache.feed import EventFeed
+from kvmesh.services.kvcache.memory import BlockMemory, HeldBlock, HostMemory
 from kvmesh.services.kvcache.metrics import show_shard
 from kvmesh.services.kvcache.servicer import Identity, KvCacheServicer
 from kvmesh.services.kvcache.store import BlockStore
@@ -21,26 +26,39 @@ FAULTS_VARIABLE = "KVMESH_FAULTS"  # 1: the Corrupt call works
 SERVICE_NAME = "kvmesh.v1.KvCache"
 
 
+def open_memory(config: KvCacheConfig) -> BlockMemory:
+    """Raises ConfigError, with the next step, for a device that is not there."""
+    if config.backend == "cpu":
+        return HostMemory()
+    reason = unavailable_reason()
+    if reason is not None:
+        raise ConfigError(f"kvcache.backend = {config.backend!r}: {reason}")
+    limit = config.max_bytes if config.device_bytes is None else config.device_bytes
+    return DeviceMemory(CupyDevice(), min(limit, config.max_bytes))
+
+
 class KvCacheService:
-    """Implements common.server.Service. Raises ConfigError for a bad port in the environment."""
+    """Implements common.server.Service.
+
+    Raises ConfigError for a bad port in the environment and for a device that is not there.
+    """
 
     def __init__(self, context: ProcessContext) -> None:
         self._context = context
         self._port = listen_port(0)
-        store = BlockStore(
-            context.config.kvcache.max_bytes, lease_prefix=f"{context.incarnation:x}-"
+        settings = context.config.kvcache
+        self._memory = open_memory(settings)
+        store: BlockStore[HeldBlock] = BlockStore(
+            settings.max_bytes, f"{context.incarnation:x}-", self._memory.free
         )
         identity = Identity(
             context.member_id, context.incarnation, os.environ.get(FAULTS_VARIABLE) == "1"
         )
+        feed = EventFeed(context.incarnation, store.keys)
         self._servicer = KvCacheServicer(
-            identity,
-            store,
-            EventFeed(context.incarnation, store.keys),
-            context.telemetry,
-            time.monotonic,
+            identity, store, feed, context.telemetry, time.monotonic, self._memory
         )
-        show_shard(context.meters, store.stats, self._servicer.counts)
+        show_shard(context.meters, store.stats, self._memory, self._servicer.counts)
         self._lease: MembershipLease | None = None
 
     @property
@@ -72,6 +90,7 @@ class KvCacheService:
     async def close(self) -> None:
         if self._lease is not None:
             await self._lease.close()
+        await self._memory.close()
 
     async def _probe(self, address: str) -> None:
         """The shard answers under its own address, with the credentials that others use."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from opentelemetry.trace import Span
 
-from kvmesh.kernels.block import verify
+from kvmesh.kernels.block import BlockHeader, verify
 from kvmesh.kernels.errors import (
     BlockError,
     ChecksumMismatch,
@@ -29,6 +29,7 @@ from kvmesh.services.common.errors import (
 from kvmesh.services.common.telemetry import Telemetry, extract
 from kvmesh.services.kvcache.feed import EventFeed
 from kvmesh.services.kvcache.keys import KEY_BYTES
+from kvmesh.services.kvcache.memory import BlockMemory, HeldBlock, HostMemory
 from kvmesh.services.kvcache.store import BlockStore
 from kvmesh.v1 import common_pb2, kvcache_pb2_grpc
 from kvmesh.v1 import kvcache_pb2 as pb
@@ -39,6 +40,7 @@ MAX_KEYS = 65_536  # of one Lookup or Get, and blocks of one Put
 MAX_LEASE_MS = 60_000
 # A checksum of this many bytes takes about as long as a hop to a thread.
 INLINE_BYTES = 64 << 10
+READ_AHEAD = 8  # blocks that a Get asks the memory for at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,22 +64,25 @@ class ShardCounts:
 class KvCacheServicer(kvcache_pb2_grpc.KvCacheServicer):
     """Translates between the wire and the store.
 
-    clock: seconds, never backwards; decides when leases end and which block is older.
+    clock: seconds, never backwards; decides when leases end and which block is older. memory: where
+    the blocks of `store` lie, and what its `free` tells; none: main memory.
     """
 
     def __init__(
         self,
         identity: Identity,
-        store: BlockStore,
+        store: BlockStore[HeldBlock],
         feed: EventFeed,
         telemetry: Telemetry,
         clock: Callable[[], float],
+        memory: BlockMemory | None = None,
     ) -> None:
         self._identity = identity
         self._store = store
         self._feed = feed
         self._telemetry = telemetry
         self._clock = clock
+        self._memory = memory or HostMemory()
         self.counts = ShardCounts()
         self._running = 0
         self._idle = asyncio.Event()
@@ -120,11 +125,11 @@ class KvCacheServicer(kvcache_pb2_grpc.KvCacheServicer):
         with self._working(names.SPAN_KV_GET, context) as span:
             try:
                 _check_keys(request.keys)
-                for key in request.keys:
-                    response = await self._get_one(key, now)
-                    sent += len(response.data)
-                    corrupt += response.status == pb.BLOCK_STATUS_CORRUPT
-                    yield response
+                for at in range(0, len(request.keys), READ_AHEAD):
+                    for response in await self._get(request.keys[at : at + READ_AHEAD], now):
+                        sent += len(response.data)
+                        corrupt += response.status == pb.BLOCK_STATUS_CORRUPT
+                        yield response
             finally:
                 self._store.release(request.lease_id)
                 self._feed.flush()
@@ -169,14 +174,15 @@ class KvCacheServicer(kvcache_pb2_grpc.KvCacheServicer):
     async def Corrupt(self, request: pb.CorruptRequest, context: Any) -> pb.CorruptResponse:
         if not self._identity.faults:
             raise Incompatible("fault injection is off; start this process with KVMESH_FAULTS=1")
-        data = self._store.peek(request.key)
+        block = self._store.peek(request.key)
+        data = None if block is None else (await self._memory.read([block]))[0]
         if data is None:
             raise NotFound(f"no block {request.key.hex()} is held")
         if request.offset >= len(data):
             raise InvalidRequest(f"offset is {request.offset}, the block has {len(data)} bytes")
         flipped = bytearray(data)
         flipped[request.offset] ^= 0xFF
-        self._store.overwrite(request.key, bytes(flipped))
+        self._store.overwrite(request.key, self._memory.hold(bytes(flipped)))
         return pb.CorruptResponse()
 
     async def drain(self) -> None:
@@ -187,7 +193,7 @@ class KvCacheServicer(kvcache_pb2_grpc.KvCacheServicer):
     async def _put_one(self, request: pb.PutRequest, now: float, reply: pb.PutResponse) -> None:
         _check_block_keys(request)
         try:
-            await _verify(request.data)
+            header = await _verify(request.data)
         except BlockError as error:
             self.counts.checksum_failures += isinstance(error, ChecksumMismatch)
             reply.refused += 1
@@ -195,24 +201,36 @@ class KvCacheServicer(kvcache_pb2_grpc.KvCacheServicer):
             reply.errors.add(code=status_number(reason), message=str(reason))
             logger.warning("refused: %s", reason)
             return
-        outcome = self._store.put(request.key, request.parent, request.index, request.data, now)
+        block = self._memory.hold(request.data)
+        outcome = self._store.put(request.key, request.parent, request.index, block, now)
         if outcome.stored:
             reply.stored += 1
             self._feed.note([request.key], outcome.evicted)
+            await self._memory.settle(block, header.layout)
         else:
             reply.already_held += 1
 
-    async def _get_one(self, key: bytes, now: float) -> pb.GetResponse:
-        data = self._store.get(key, now)
-        if data is None:
-            return pb.GetResponse(key=key, status=pb.BLOCK_STATUS_MISSING)
+    async def _get(self, keys: Sequence[bytes], now: float) -> list[pb.GetResponse]:
+        held = [(key, self._store.get(key, now)) for key in keys]
+        read = iter(await self._memory.read([block for _, block in held if block is not None]))
+        return [
+            pb.GetResponse(key=key, status=pb.BLOCK_STATUS_MISSING)
+            if block is None
+            else await self._verified(key, block, next(read))
+            for key, block in held
+        ]
+
+    async def _verified(self, key: bytes, block: HeldBlock, data: bytes | None) -> pb.GetResponse:
+        """data: what was read of it, None if nothing could be. A bad block is dropped."""
         try:
+            if data is None:
+                raise BlockError("the device lost it")
             await _verify(data)
         except BlockError as error:
             self.counts.checksum_failures += 1
             logger.error("dropped: %s", _mesh_error(key, error))
             # While the checksum ran elsewhere, another call may have replaced the block.
-            if self._store.peek(key) is data:
+            if self._store.peek(key) is block:
                 self._store.remove(key)
                 self._feed.note(removed=[key])
             return pb.GetResponse(key=key, status=pb.BLOCK_STATUS_CORRUPT)
@@ -233,12 +251,11 @@ class KvCacheServicer(kvcache_pb2_grpc.KvCacheServicer):
                 self._idle.set()
 
 
-async def _verify(data: bytes) -> None:
+async def _verify(data: bytes) -> BlockHeader:
     """Raises BlockError. The checksum of a large block runs in a thread, without the GIL."""
     if len(data) <= INLINE_BYTES:
-        verify(data)
-    else:
-        await asyncio.to_thread(verify, data)
+        return verify(data)
+    return await asyncio.to_thread(verify, data)
 
 
 def _check_keys(keys: Sequence[bytes]) -> None:

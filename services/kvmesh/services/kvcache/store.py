@@ -12,8 +12,9 @@ seconds of any clock that does not run backwards.
 
 import heapq
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from kvmesh.services.common.errors import NotFound, Overloaded
 from kvmesh.services.kvcache.outcomes import LookupResult, PutOutcome, StoreStats
@@ -22,12 +23,15 @@ MAX_LEASES = 65_536
 _HEAP_SLACK = 1024  # outdated heap entries beyond one per block, before they are swept out
 
 
+Content = TypeVar("Content", bound=Sized)
+
+
 @dataclass(slots=True)
-class _Block:
+class _Block(Generic[Content]):
     key: bytes
     parent: bytes
     index: int
-    data: bytes
+    data: Content
     last_used: float
     leases: int = 0
 
@@ -43,8 +47,8 @@ class _Block:
 
 
 @dataclass(frozen=True, slots=True)
-class _Lease:
-    blocks: tuple[_Block, ...]
+class _Lease(Generic[Content]):
+    blocks: tuple[_Block[Content], ...]
     expires: float
 
 
@@ -59,18 +63,24 @@ class _Counts:
     bytes_used: int = 0
 
 
+def _forget(content: Sized) -> None:
+    """What main memory needs to be told."""
+
+
 @dataclass(slots=True)
-class BlockStore:
+class BlockStore(Generic[Content]):
     """Each operation costs O(log n) per block that it names or evicts.
 
-    lease_prefix: begins every lease id; tells one life of a process from the next.
+    Content: a block's bytes, or whatever stands for them and has their length. free: told of each
+    that is let go. lease_prefix: begins every lease id; tells one life of a process from the next.
     """
 
     max_bytes: int
     lease_prefix: str = ""
-    _blocks: dict[bytes, _Block] = field(default_factory=dict)
+    free: Callable[[Content], None] = _forget
+    _blocks: dict[bytes, _Block[Content]] = field(default_factory=dict)
     _children: Counter[tuple[bytes, int]] = field(default_factory=Counter)
-    _leases: dict[str, _Lease] = field(default_factory=dict)
+    _leases: dict[str, _Lease[Content]] = field(default_factory=dict)
     _expiries: list[tuple[float, str]] = field(default_factory=list)  # may be outdated
     _candidates: list[tuple[float, int, bytes]] = field(default_factory=list)  # may be outdated
     _counts: _Counts = field(default_factory=_Counts)
@@ -92,7 +102,7 @@ class BlockStore:
         held = [block is not None for block in found]
         return LookupResult(held, held.index(False) if False in held else len(held), lease_id)
 
-    def get(self, key: bytes, now: float) -> bytes | None:
+    def get(self, key: bytes, now: float) -> Content | None:
         """The block's bytes, or None. Counts a hit or a miss; a hit counts as used."""
         block = self._blocks.get(key)
         if block is None:
@@ -102,7 +112,7 @@ class BlockStore:
         self._touch(block, now)
         return block.data
 
-    def put(self, key: bytes, parent: bytes, index: int, data: bytes, now: float) -> PutOutcome:
+    def put(self, key: bytes, parent: bytes, index: int, data: Content, now: float) -> PutOutcome:
         """Stores a block, evicting what is worth less than it.
 
         Raises Overloaded, and changes nothing, if what may be evicted does not make room.
@@ -117,6 +127,8 @@ class BlockStore:
         self._attach(block)
         self._counts.puts += 1
         self._counts.evictions += len(victims)
+        for victim in victims:
+            self.free(victim.data)
         return PutOutcome(True, tuple(victim.key for victim in victims))
 
     def remove(self, key: bytes) -> bool:
@@ -125,13 +137,15 @@ class BlockStore:
         if block is None:
             return False
         self._detach(block)
+        self.free(block.data)
         return True
 
-    def overwrite(self, key: bytes, data: bytes) -> None:
+    def overwrite(self, key: bytes, data: Content) -> None:
         """Fault injection: other bytes of the same size under a held key. Raises NotFound."""
         block = self._blocks.get(key)
         if block is None or len(block.data) != len(data):
             raise NotFound(f"no block {key.hex()} of {len(data)} bytes is held")
+        self.free(block.data)
         block.data = data
 
     def release(self, lease_id: str) -> None:
@@ -155,7 +169,7 @@ class BlockStore:
     def keys(self) -> list[bytes]:
         return list(self._blocks)
 
-    def peek(self, key: bytes) -> bytes | None:
+    def peek(self, key: bytes) -> Content | None:
         """As `get`, but neither counted nor taken as use."""
         block = self._blocks.get(key)
         return None if block is None else block.data
@@ -194,7 +208,7 @@ class BlockStore:
         if wrong:
             raise RuntimeError(f"block store is inconsistent: {', '.join(wrong)}")
 
-    def _lease(self, blocks: tuple[_Block, ...], expires: float) -> str:
+    def _lease(self, blocks: tuple[_Block[Content], ...], expires: float) -> str:
         self._counts.leases += 1
         lease_id = f"{self.lease_prefix}{self._counts.leases}"
         for block in blocks:
@@ -204,10 +218,10 @@ class BlockStore:
         heapq.heappush(self._expiries, (expires, lease_id))
         return lease_id
 
-    def _make_room(self, newcomer: _Block) -> list[_Block]:
+    def _make_room(self, newcomer: _Block[Content]) -> list[_Block[Content]]:
         """Detaches what must go; puts it back and raises Overloaded if it is not enough."""
         size = len(newcomer.data)
-        victims: list[_Block] = []
+        victims: list[_Block[Content]] = []
         link = newcomer.parent_link
         self._children[link] += 1  # its parent must not make room for it
         try:
@@ -225,7 +239,7 @@ class BlockStore:
             self._unlink(link)
         return victims
 
-    def _next_victim(self, newcomer: _Block) -> _Block | None:
+    def _next_victim(self, newcomer: _Block[Content]) -> _Block[Content] | None:
         while self._candidates:
             rank = self._candidates[0]
             block = self._blocks.get(rank[2])
@@ -237,7 +251,7 @@ class BlockStore:
                 return block
         return None
 
-    def _refusal(self, newcomer: _Block) -> str:
+    def _refusal(self, newcomer: _Block[Content]) -> str:
         return (
             f"no room for block {newcomer.index} of {len(newcomer.data)} bytes: "
             f"{self._counts.bytes_used} of {self.max_bytes} bytes are used, "
@@ -245,19 +259,19 @@ class BlockStore:
             "the rest is in use by their chains or worth more"
         )
 
-    def _touch(self, block: _Block, now: float) -> None:
+    def _touch(self, block: _Block[Content], now: float) -> None:
         if now > block.last_used:
             block.last_used = now
             self._offer(block)
 
-    def _attach(self, block: _Block) -> None:
+    def _attach(self, block: _Block[Content]) -> None:
         self._blocks[block.key] = block
         self._counts.bytes_used += len(block.data)
         if block.parent:
             self._children[block.parent_link] += 1
         self._offer(block)
 
-    def _detach(self, block: _Block) -> None:
+    def _detach(self, block: _Block[Content]) -> None:
         del self._blocks[block.key]
         self._counts.bytes_used -= len(block.data)
         self._counts.leased_blocks -= block.leases > 0
@@ -272,13 +286,13 @@ class BlockStore:
             if parent is not None:
                 self._offer(parent)
 
-    def _holds(self, block: _Block) -> bool:
+    def _holds(self, block: _Block[Content]) -> bool:
         return self._blocks.get(block.key) is block
 
-    def _evictable(self, block: _Block) -> bool:
+    def _evictable(self, block: _Block[Content]) -> bool:
         return not block.leases and block.own_link not in self._children
 
-    def _offer(self, block: _Block) -> None:
+    def _offer(self, block: _Block[Content]) -> None:
         """Makes the block a candidate for eviction, if it is one now."""
         if not self._holds(block) or not self._evictable(block):
             return
@@ -288,6 +302,6 @@ class BlockStore:
             heapq.heapify(self._candidates)
 
 
-def _rank(block: _Block) -> tuple[float, int, bytes]:
+def _rank(block: _Block[Content]) -> tuple[float, int, bytes]:
     """The lowest goes first."""
     return (block.last_used, -block.index, block.key)
