@@ -68,7 +68,7 @@ def up(
     if backend is not None:
         mesh_config = with_backend(mesh_config, backend)
     wanted = {"device": device, "count": devices, "model": as_model, "weights": weights}
-    given = {name: value for name, value in wanted.items() if value is not None}
+    given: dict[str, object] = {name: value for name, value in wanted.items() if value is not None}
     if given:
         mesh_config = simulating(mesh_config, given)
     path = resolve_run_dir(run_dir)

@@ -37,8 +37,8 @@ class LpuClock:
     def timed_as(self, name: str, own: ModelShape) -> "LpuClock":
         """The clock of another model than `own`, which computes: its device says so."""
         timed = self.placement.shape
-        ratio = timed.num_layers * timed.kv_heads * timed.head_dim
-        ratio /= own.num_layers * own.kv_heads * own.head_dim
+        elements = [each.num_layers * each.kv_heads * each.head_dim for each in (timed, own)]
+        ratio = elements[0] / elements[1]
         device = replace(
             self.device,
             name=f"{self.device.name}, timed as {name}",

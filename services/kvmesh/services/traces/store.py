@@ -216,12 +216,10 @@ class SpanReader:
         Raises LookupError, which names the candidates, if none or several fit.
         """
         if wanted == "last":
-            newest = self.newest(Filter(), 2)
+            newest = self.newest(Filter(), 1)
             if not newest:
                 raise LookupError("no request is stored yet")
-            # A trace by a simulated clock begins with its measured twin, which has all the spans.
-            measured = [trace for trace in newest if trace.clock != SIMULATED]
-            return (measured or newest)[0].trace_id
+            return self._measured(newest[0]).trace_id
         low = wanted.lower()
         rows = self._db.execute(
             "SELECT trace_id FROM traces WHERE substr(trace_id, 1, ?) = ? LIMIT 6", [len(low), low]
@@ -241,6 +239,13 @@ class SpanReader:
             [trace_id, trace_id],
         ).fetchall()
         return [s for row in rows if (s := self.summary(row["id"])) and row["id"] != trace_id]
+
+    def _measured(self, trace: TraceSummary) -> TraceSummary:
+        """The same request by the wall clock, whose trace has all its legs; or the trace itself."""
+        if trace.clock != SIMULATED:
+            return trace
+        twins = [each for each in self.linked(trace.trace_id) if each.clock != SIMULATED]
+        return twins[0] if twins else trace
 
     def simulated(self, trace_id: str) -> str:
         """The id of the same request by its simulated devices' clocks, be it this one's own.
