@@ -9,7 +9,9 @@ import typer
 from kvmesh.cli.bench_codec import codec
 from kvmesh.cli.bench_cost import cost
 from kvmesh.cli.bench_edge import edge
+from kvmesh.cli.bench_mlperf import mlperf
 from kvmesh.cli.bench_serve import serve
+from kvmesh.cli.bench_simulate import simulate
 from kvmesh.cli.bench_spans import spans
 from kvmesh.cli.options import ConfigFile, Json, command
 from kvmesh.cli.progress import progress_bar
@@ -110,6 +112,8 @@ def _table(rows: "list[BenchRow]") -> None:
 app.command()(mesh)
 app.command()(codec)
 app.command()(serve)
+app.command()(mlperf)
 app.command()(cost)
 app.command()(edge)
+app.command()(simulate)
 app.command()(spans)
