@@ -166,3 +166,20 @@ def test_cuda_without_a_gpu_is_refused_with_the_next_step(monkeypatch):
     monkeypatch.setattr(cuda_backend, "unavailable_reason", lambda: "no GPU is here; install one")
     with pytest.raises(BackendUnavailable, match="cuda: no GPU is here; install one"):
         open_model("cuda", Path("anywhere"), OPTIONS)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("codec", "bound"), [("fp32", 1e-4), ("k4v4", 5e-3)])
+def test_gpu_says_the_same_as_the_cpu(codec, bound, checkpoint):
+    reason = create_backend("cuda").probe()
+    if reason is not None:
+        pytest.skip(reason)
+    prompt = np.random.default_rng(2).integers(0, 131, 120)
+    options = replace(OPTIONS, codec=codec)
+    with closing(open_model("cuda", checkpoint.folder, options)) as model:
+        tokens, logits = greedy(model, prompt, 16)
+        assert isinstance(model, CudaModel) and model.graph_refusal is None
+    with closing(open_model("cpu", checkpoint.folder, options)) as model:
+        expected, beside = greedy(model, prompt, 16)
+    assert tokens == expected
+    assert np.abs(logits - beside).max() <= bound * np.ptp(beside)

@@ -8,7 +8,8 @@ import numpy.typing as npt
 from cuda_shim import ShimDevice
 
 from kvmesh.kernels import block, reference
-from kvmesh.kernels.cuda.plan import Splitting, plan_step, upload
+from kvmesh.kernels.cuda.graphs import DecodeGraphs
+from kvmesh.kernels.cuda.plan import HostPlan, Splitting, plan_step, upload
 from kvmesh.kernels.cuda.step import Memory, Rule, StepKernels
 from kvmesh.kernels.layout import BLOCK_SIZE, KvLayout
 
@@ -148,3 +149,61 @@ def worst_error(found: npt.NDArray[Any], expected: npt.NDArray[Any]) -> float:
     """The largest error of a head's output, relative to the output."""
     errors = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
     return float(errors.max())
+
+
+SPLITTING = Splitting(3, 1)
+
+
+def decode_case() -> Case:
+    """Four sequences that get one token each and fill no block."""
+    return Case("k4v4", 64, 1, 4, before=(200, 75, 10, 131), new=(1, 1, 1, 1), seed=3)
+
+
+class DecodeSteps:
+    """Decode steps of some of a case's sequences, on buffers that stay."""
+
+    def __init__(self, device: Any, case: Case) -> None:
+        self.device, self.case = device, case
+        self.memory = case.memory(device)
+        self.qkv = tuple(
+            device.zeros((8, *shape[1:]), np.float32)
+            for shape in (case.q.shape, case.rows(case.keys).shape, case.rows(case.values).shape)
+        )
+        self.out = device.zeros((8, *case.q.shape[1:]), np.float32)
+
+    def kernels(self) -> StepKernels:
+        return StepKernels(self.device, self.case.layout, self.memory, SPLITTING)
+
+    def load(self, chosen: list[int]) -> HostPlan:
+        case = self.case
+        arrays = (case.q, case.rows(case.keys), case.rows(case.values))
+        for target, source in zip(self.qkv, arrays, strict=True):
+            self.device.write(target[: len(chosen)], source[chosen])
+        width = 1 + max(case.before[each] // 64 for each in chosen)
+        return plan_step(
+            np.arange(len(chosen) + 1, dtype=np.int32),
+            np.array([case.before[each] for each in chosen], np.int64),
+            np.array(chosen, np.int32), case.tables[chosen][:, :width], case.group, SPLITTING,
+        )  # fmt: skip
+
+    def launched(self, chosen: list[int]) -> npt.NDArray[np.float32]:
+        """fp32 [8, Hq, D]: the rows of the step, and NaNs behind them."""
+        plan = upload(self.device, self.load(chosen))
+        self.clear()
+        self.kernels().run_layer(plan, 0, self.qkv, self.out)
+        return self.device.get(self.out)
+
+    def run(self, graphs: DecodeGraphs, chosen: list[int]) -> npt.NDArray[np.float32] | None:
+        """The same by a recording; None if the step has none."""
+        run = graphs.load(self.load(chosen))
+        if run is None:
+            return None
+        self.clear()
+        run(0)
+        return self.device.get(self.out)
+
+    def graphs(self) -> DecodeGraphs:
+        return DecodeGraphs(self.device, self.kernels(), self.qkv, self.out, SPLITTING)
+
+    def clear(self) -> None:
+        self.device.write(self.out, np.full(self.out.shape, np.nan, np.float32))

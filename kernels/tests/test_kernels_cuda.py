@@ -12,6 +12,7 @@ from kvmesh.kernels.cuda.blocks import BlockTools
 from kvmesh.kernels.cuda.plan import Splitting, plan_step
 from kvmesh.kernels.cuda.source import Unit, attend_shape
 from kvmesh.kernels.cuda.step import Rule
+from kvmesh.kernels.cuda.stream import Streams
 from kvmesh.kernels.errors import ChecksumMismatch, CodecError
 from kvmesh.kernels.layout import BLOCK_SIZE, CODECS, KvLayout, supports_head_dim
 
@@ -152,6 +153,19 @@ def test_cuda_moves_whole_blocks():
     assert np.array_equal(pool[[1, 2]], staging[[2, 0]])
     with pytest.raises(ValueError, match="not in"):
         tools.move(pool, [6], staging, [0])
+
+
+@pytest.mark.parametrize("size", [16, 16 * 255, 16 * 257, 1 << 20])
+def test_cuda_streams_touch_every_byte(size):
+    device = ShimDevice()
+    streams = Streams(device)
+    source = device.put(np.random.default_rng(size).integers(1, 256, size, np.uint8))
+    target = device.zeros((size + 16,), np.uint8)
+    streams.copy(target[:size], source)
+    streams.read(source)
+    assert np.array_equal(target[:size], source) and not target[size:].any()
+    with pytest.raises(ValueError, match="over"):
+        streams.copy(target, source)
 
 
 def test_cuda_shared_memory_of_every_shape_fits():

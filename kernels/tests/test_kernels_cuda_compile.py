@@ -13,6 +13,7 @@ from kvmesh.kernels.cuda.compile import (
     parse_usage,
 )
 from kvmesh.kernels.cuda.device import architecture_of
+from kvmesh.kernels.cuda.occupancy import LIMITS, block_shape, resident_warps
 from kvmesh.kernels.cuda.source import KERNELS, Unit
 from kvmesh.kernels.layout import CODECS
 
@@ -29,7 +30,12 @@ def units() -> list[tuple[Unit, str]]:
     pairs = [
         (unit, arch)
         for arch in ARCHITECTURES
-        for unit in (Unit("blocks"), Unit("seal", 128, 4, 4), Unit("attend", 128, 4, 4))
+        for unit in (
+            Unit("blocks"),
+            Unit("stream"),
+            Unit("seal", 128, 4, 4),
+            Unit("attend", 128, 4, 4),
+        )
     ]
     for turn, (codec, dim) in enumerate(zip(CODECS.values(), DIMS, strict=True)):
         unit = Unit("attend", dim, codec.key_bits, codec.value_bits)
@@ -48,6 +54,20 @@ def test_cuda_kernels_compile_without_spills(architecture):
             for use in compiled.usage:
                 assert (use.stack, use.spills) == (0, 0), f"{unit} on {arch}: {use}"
             assert compiled.cubin[:4] == b"\x7fELF"
+
+
+def test_cuda_sm_holds_as_many_warps_as_the_scarcest_allows():
+    hopper = LIMITS["sm_90a"]
+    # 64 registers a thread fill the file with 32 warps, 32 of them with 64.
+    assert resident_warps(hopper, 64, 128, 0) == 32
+    assert resident_warps(hopper, 32, 256, 0) == 64
+    assert resident_warps(hopper, 33, 256, 0) == 48  # 40 by the unit of a warp
+    assert resident_warps(hopper, 32, 128, 56 << 10) == 16  # four blocks of shared memory
+    assert resident_warps(hopper, 16, 32, 0) == 32  # as many blocks as there may be
+    for unit in (Unit("attend", 128, 4, 4), Unit("seal", 128, 4, 4), Unit("blocks")):
+        for kernel in KERNELS[unit.name]:
+            threads, shared = block_shape(unit, kernel)
+            assert threads % 32 == 0 and shared <= 99 << 10
 
 
 def test_cuda_machine_code_is_kept_by_digest_and_architecture(tmp_path, monkeypatch):

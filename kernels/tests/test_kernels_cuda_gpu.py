@@ -38,3 +38,44 @@ def test_gpu_splits_change_nothing_but_rounding(most):
     case = Case("k4v4", 128, 2, 4, before=(64 * 40 + 5,), new=(4,))
     whole = case.run(splitting=Splitting(1), device=DEVICE).out
     assert worst_error(case.run(splitting=Splitting(most, 1), device=DEVICE).out, whole) <= 1e-5
+
+
+def test_gpu_recorded_steps_equal_launched_ones():
+    import numpy as np
+    from cuda_cases import DecodeSteps, decode_case
+
+    steps = DecodeSteps(DEVICE, decode_case())
+    graphs = steps.graphs()
+    for chosen in ([0, 1, 2], [3, 2, 1, 0], [2, 3, 1], [2, 1, 0, 3], [1], [0], [2]):
+        expected = steps.launched(chosen)
+        assert np.array_equal(steps.run(graphs, chosen), expected, equal_nan=True), chosen
+    assert graphs.refusal is None
+
+
+def test_gpu_checks_moves_and_streams_blocks():
+    import numpy as np
+    from cuda_cases import Case
+
+    from kvmesh.kernels.cuda.slots import BlockSlots
+    from kvmesh.kernels.cuda.stream import Streams
+
+    case = Case("k4v4", 128, before=(0,), new=(64,))
+    data = case.sealed(0, 0).tobytes()
+    slots = BlockSlots(DEVICE, case.layout, 40)
+    for slot in range(40):
+        slots.write(slot, data)
+    slots.verify(range(40))
+    assert slots.read(range(40)) == [data] * 40
+    source = DEVICE.put(np.resize(np.arange(256, dtype=np.uint8), 1 << 20))
+    target = DEVICE.zeros((1 << 20,), np.uint8)
+    Streams(DEVICE).copy(target, source)
+    assert np.array_equal(DEVICE.get(target), DEVICE.get(source))
+
+
+def test_gpu_tells_its_name_and_the_time_that_passes():
+    facts = DEVICE.describe()
+    assert facts.name and facts.architecture.startswith("sm_")
+    assert 0 < facts.free_bytes <= facts.memory_bytes
+    first = DEVICE.timer.mark()
+    DEVICE.zeros((1 << 20,), "uint8")
+    assert DEVICE.timer.seconds(first, DEVICE.timer.mark()) >= 0

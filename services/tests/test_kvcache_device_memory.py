@@ -11,6 +11,7 @@ import pytest
 from cuda_shim import ShimDevice
 
 from kvmesh.kernels.block import finish
+from kvmesh.kernels.cuda.device import CupyDevice, unavailable_reason
 from kvmesh.kernels.cuda.slots import BlockSlots
 from kvmesh.kernels.errors import ChecksumMismatch
 from kvmesh.kernels.layout import KvLayout
@@ -184,3 +185,15 @@ def test_slots_are_read_by_the_handful_and_checked_where_they_are() -> None:
     slots.write(9, data[9][:-70] + b"?" + data[9][-69:])
     with pytest.raises(ChecksumMismatch, match="block 9"):
         slots.verify(range(40))
+
+
+@pytest.mark.gpu
+async def test_gpu_keeps_every_byte() -> None:
+    reason = unavailable_reason()
+    if reason is not None:
+        pytest.skip(reason)
+    data = [a_block(seed) for seed in range(40)]
+    async with a_memory(16, CupyDevice()) as memory:
+        blocks = [await settled(memory, each) for each in data]
+        assert sum(on_device(blocks)) == 16
+        assert await memory.read(blocks) == data

@@ -8,15 +8,13 @@ import numpy.typing as npt
 
 from kvmesh.kernels import block
 from kvmesh.kernels.cuda.device import Device
+from kvmesh.kernels.cuda.occupancy import CRC_LANES, MOVE_THREADS, block_shape
 from kvmesh.kernels.cuda.plan import DevicePlan
 from kvmesh.kernels.cuda.source import CRC_POLYNOMIAL, Unit
 from kvmesh.kernels.errors import ChecksumMismatch
 from kvmesh.kernels.layout import KvLayout
 
 UNIT = Unit("blocks")
-CRC_LANES = 256
-_CRC_SHARED = (1024 + CRC_LANES) * 4
-_MOVE_THREADS = 256
 _ONE = 1 << 31  # the polynomial 1, reflected
 
 
@@ -68,7 +66,7 @@ class BlockTools:
             self._advance, self._joins,
         )  # fmt: skip
         grid = (plan.grid.filled, 1, 1)
-        self._device.launch(UNIT, "finish_blocks", grid, CRC_LANES, _CRC_SHARED, args)
+        self._launch("finish_blocks", grid, args)
 
     def verify(self, pool: Any, ids: npt.ArrayLike) -> None:
         """Checks blocks where they are. Raises ChecksumMismatch naming the first that is wrong."""
@@ -79,7 +77,7 @@ class BlockTools:
             self._advance, self._joins,
         )  # fmt: skip
         grid = (len(wanted), 1, 1)
-        self._device.launch(UNIT, "check_blocks", grid, CRC_LANES, _CRC_SHARED, args)
+        self._launch("check_blocks", grid, args)
         sums = self._device.get(found)
         for block_id, (computed, carried) in zip(wanted, sums.tolist(), strict=True):
             if computed != carried:
@@ -103,5 +101,8 @@ class BlockTools:
             target, self._device.put(to_ids), source, self._device.put(from_ids),
             np.int32(len(to_ids)), np.int64(self._bytes),
         )  # fmt: skip
-        slices = max(1, min(32, self._bytes // (16 * _MOVE_THREADS * 4)))
-        self._device.launch(UNIT, "move_blocks", (len(to_ids), slices, 1), _MOVE_THREADS, 0, args)
+        slices = max(1, min(32, self._bytes // (16 * MOVE_THREADS * 4)))
+        self._launch("move_blocks", (len(to_ids), slices, 1), args)
+
+    def _launch(self, kernel: str, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
+        self._device.launch(UNIT, kernel, grid, *block_shape(UNIT, kernel), args)

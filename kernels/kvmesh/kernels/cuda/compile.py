@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvmesh.kernels.cuda.occupancy import LIMITS, block_shape, resident_warps
 from kvmesh.kernels.cuda.source import FOLDER, Unit
 from kvmesh.kernels.layout import CODECS
 
@@ -98,7 +99,7 @@ def parse_usage(log: str) -> tuple[Usage, ...]:
 
 def compile_all(head_dims: Sequence[int]) -> Iterator[tuple[Unit, str, Usage]]:
     """What every kernel takes, for every codec, head_dim and architecture. Takes long."""
-    units = [Unit("blocks")]
+    units = [Unit("blocks"), Unit("stream")]
     for codec, dim in itertools.product(CODECS.values(), head_dims):
         units += [Unit(name, dim, codec.key_bits, codec.value_bits) for name in ("seal", "attend")]
     with ThreadPoolExecutor() as pool:  # NVRTC runs without the interpreter's lock
@@ -125,14 +126,25 @@ def _read(size_of: Any, read: Any, program: Any) -> bytes:
     return target
 
 
+def _describe(unit: Unit, architecture: str, use: Usage) -> str:
+    widths = f"d={unit.head_dim:<4} k{unit.key_bits}v{unit.value_bits:<3}"
+    threads, shared = block_shape(unit, use.kernel)
+    limits = LIMITS.get(architecture)
+    held = (
+        ""
+        if limits is None
+        else (f", {resident_warps(limits, use.registers, threads, shared)} of {limits.warps} warps")
+    )
+    return (
+        f"{architecture:8} {unit.name:7} {widths} {use.kernel:16} {use.registers:4} registers, "
+        f"{shared:6} bytes shared{held}, {use.stack} bytes of stack"
+    )
+
+
 if __name__ == "__main__":
     dims = [int(word) for word in sys.argv[1:]] or [64, 80, 96, 112, 128, 192, 256]
     spilled = 0
     for unit, arch, use in compile_all(dims):
         spilled += use.stack > 0
-        print(
-            f"{arch:8} {unit.name:7} d={unit.head_dim:<4} k{unit.key_bits}v{unit.value_bits:<3} "
-            f"{use.kernel:16} {use.registers:4} registers, {use.stack} bytes of stack",
-            flush=True,
-        )
+        print(_describe(unit, arch, use), flush=True)
     sys.exit(f"{spilled} kernels spill" if spilled else 0)

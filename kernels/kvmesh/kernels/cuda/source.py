@@ -22,11 +22,12 @@ ROWS = 16  # query rows of one tile: the M of the matrix instruction
 PREFILL_WARPS = 4
 MAX_RING_BYTES = 96 << 10  # of one thread block: what every architecture from sm_80 on has
 
-UnitName = Literal["seal", "attend", "blocks"]
+UnitName = Literal["seal", "attend", "blocks", "stream"]
 KERNELS: dict[UnitName, tuple[str, ...]] = {
     "seal": ("seal_layer", "append_tails"),
     "attend": ("prepare_queries", "attend_decode", "attend_prefill", "finish_rows"),
     "blocks": ("finish_blocks", "check_blocks", "move_blocks"),
+    "stream": ("stream_read", "stream_copy"),
 }
 
 
@@ -34,7 +35,7 @@ KERNELS: dict[UnitName, tuple[str, ...]] = {
 class Unit:
     """One translation unit: which kernels, for which head_dim and widths of codes.
 
-    blocks do not depend on head_dim and widths; give zeros.
+    blocks and stream do not depend on head_dim and widths; give zeros.
     """
 
     name: UnitName

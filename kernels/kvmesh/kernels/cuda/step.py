@@ -12,14 +12,11 @@ import numpy.typing as npt
 
 from kvmesh.kernels.cuda.blocks import BlockTools
 from kvmesh.kernels.cuda.device import Device
+from kvmesh.kernels.cuda.occupancy import block_shape
 from kvmesh.kernels.cuda.plan import DevicePlan, Grid, Splitting
 from kvmesh.kernels.cuda.source import PREFILL_WARPS, ROWS, Unit, attend_shape, value_parts
 from kvmesh.kernels.errors import CodecError
-from kvmesh.kernels.layout import BLOCK_SIZE, KvLayout
-
-_SEAL_WARPS = 8
-_FINISH_THREADS = 128
-_FLOAT = 4  # bytes
+from kvmesh.kernels.layout import KvLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +70,7 @@ class StepKernels:
         """One layer of the blocks that the step fills."""
         if not plan.grid.filled:
             return
-        layout, dim = self._layout, self._layout.head_dim
-        shared = _SEAL_WARPS * 2 * dim * _FLOAT + BLOCK_SIZE * dim
+        layout = self._layout
         grid = (plan.grid.filled, layout.num_kv_heads, 2)
         args = (
             self._memory.blocks, *self._offsets(layer), plan.row_start, plan.start, plan.slot,
@@ -82,9 +78,7 @@ class StepKernels:
             np.int32(layer), np.int32(layout.num_layers), np.int32(layout.num_kv_heads),
             self._memory.centers[layer], plan.filled, plan.num_filled, plan.bad,
         )  # fmt: skip
-        self._device.launch(
-            self._unit("seal", layer), "seal_layer", grid, _SEAL_WARPS * 32, shared, args
-        )
+        self._launch(self._unit("seal", layer), "seal_layer", grid, args)
 
     def append(self, plan: DevicePlan, layer: int, kv: tuple[Any, Any]) -> None:
         """The rows of each segment's unfinished block, to its tail."""
@@ -94,8 +88,7 @@ class StepKernels:
             plan.num_tokens, *kv, np.int32(layer), np.int32(layout.num_layers),
             np.int32(layout.num_kv_heads),
         )  # fmt: skip
-        tokens = plan.grid.tokens
-        self._device.launch(self._unit("seal", layer), "append_tails", (tokens, 1, 1), 128, 0, args)
+        self._launch(self._unit("seal", layer), "append_tails", (plan.grid.tokens, 1, 1), args)
 
     def finish(self, plan: DevicePlan) -> None:
         """Header and checksum of the filled blocks, after every layer.
@@ -143,8 +136,7 @@ class StepKernels:
             plan.row_start, plan.start, at, count, np.int32(group), np.int32(heads), q,
             self._memory.centers[layer], np.float32(self._scale(rule)), words, meta,
         )  # fmt: skip
-        shared = 4 * 2 * layout.head_dim * _FLOAT
-        self._device.launch(unit, "prepare_queries", (number, heads, 1), 128, shared, args)
+        self._launch(unit, "prepare_queries", (number, heads, 1), args)
         limits = self._splitting
         args = (
             self._memory.blocks, *self._offsets(layer), plan.row_start, plan.start, plan.tables,
@@ -154,16 +146,10 @@ class StepKernels:
         )  # fmt: skip
         wide = heads * value_parts(layout.head_dim)
         if prefill:
-            grid, warps, shared = (
-                (number // PREFILL_WARPS, wide, 1),
-                PREFILL_WARPS,
-                shape.prefill_bytes,
-            )
+            self._launch(unit, "attend_prefill", (number // PREFILL_WARPS, wide, 1), args)
         else:
-            warps = shape.decode_warps
-            grid, shared = (number, wide, -(-limits.most // warps)), 2 * warps * shape.ring_bytes
-        name = "attend_prefill" if prefill else "attend_decode"
-        self._device.launch(unit, name, grid, warps * 32, shared, args)
+            depth = -(-limits.most // shape.decode_warps)
+            self._launch(unit, "attend_decode", (number, wide, depth), args)
 
     def _finish_rows(
         self, plan: DevicePlan, layer: int, qkv: tuple[Any, Any, Any], outs: tuple[Any, Any],
@@ -180,11 +166,13 @@ class StepKernels:
             np.int32(rule.window), np.int32(limits.most), np.int32(limits.least), rule.sinks,
             *parts, *outs,
         )  # fmt: skip
-        shared = (2 * layout.head_dim + 2 * BLOCK_SIZE) * _FLOAT
-        self._device.launch(
-            self._unit("attend", layer), "finish_rows", (tokens, query_heads, 1), _FINISH_THREADS,
-            shared, args,
-        )  # fmt: skip
+        grid = (tokens, query_heads, 1)
+        self._launch(self._unit("attend", layer), "finish_rows", grid, args)
+
+    def _launch(
+        self, unit: Unit, kernel: str, grid: tuple[int, int, int], args: tuple[Any, ...]
+    ) -> None:
+        self._device.launch(unit, kernel, grid, *block_shape(unit, kernel), args)
 
     def _scale(self, rule: Rule) -> float:
         return rule.scale or self._layout.head_dim**-0.5
