@@ -47,7 +47,7 @@ class GpuClock:
     name: str
     kv_ratio: float = 1.0
 
-    @functools.cached_property
+    @property
     def device(self) -> DeviceInfo:
         return device_info(self.cost.device, self.cost.parallel.devices, self.name, self.kv_ratio)
 

@@ -41,7 +41,7 @@ class SplitClock:
     hop_base_s: float
     hop_byte_s: float
 
-    @functools.cached_property
+    @property
     def device(self) -> DeviceInfo:
         gpu, ffn = self.attention.device, self.ffn
         prices = gpu.count * gpu.price_per_hour, ffn.count * ffn.price_per_hour

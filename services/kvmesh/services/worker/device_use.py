@@ -28,13 +28,13 @@ class DeviceUse:
 
 
 class StepPart(NamedTuple):
-    """What a step did for one sequence: tokens [start, start + count).
+    """What a step did for one sequence: it ran `tokens` tokens from position `start` on.
 
     prefill: it has said no token here yet. sealed: blocks that it filled.
     """
 
     start: int
-    count: int
+    tokens: int
     prefill: bool
     sealed: int = 0
 
@@ -75,7 +75,7 @@ def _weights(parts: Sequence[StepPart], estimate: Estimate) -> tuple[list[float]
         whole.append(base + (prefill * count if count > 1 else decode) + kv)
     if sum(whole) > 0:
         return whole, attending
-    return [float(part.count) for part in parts], [0.0] * len(parts)
+    return [float(part.tokens) for part in parts], [0.0] * len(parts)
 
 
 def split_gap(waiting_since: Sequence[float], free_since: float, now: float) -> list[float]:
