@@ -76,10 +76,10 @@ class GpuFamily:
         try:
             cuda = self._cuda()
             reason = cuda.probe()
+            if reason is None:
+                return cuda
         except BackendError as error:
             reason = str(error)
-        if reason is None:
-            return cuda
         logger.warning("a GPU of this family is here but cannot be used, simulated: %s", reason)
         return self._simulated
 
