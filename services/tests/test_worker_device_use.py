@@ -4,7 +4,7 @@ import itertools
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from worker_fakes import FakeModel, continuation
 
@@ -33,6 +33,7 @@ PARTS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(PARTS, ESTIMATES, SECONDS, SECONDS, st.none() | SECONDS, SECONDS)
 def test_a_step_is_shared_out_whole(
     parts: list[StepPart],
@@ -73,6 +74,7 @@ def test_sealing_is_paid_by_those_whose_blocks_filled():
     assert sealing == pytest.approx([0.2, 0.1, 0.0])
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 99), min_size=1, max_size=9), st.floats(0, 99))
 def test_a_gap_is_shared_out_whole(since: list[float], free: float) -> None:
     shares = split_gap(since, free, 100.0)
@@ -87,6 +89,7 @@ class Waiting:
     use: DeviceUse = field(default_factory=DeviceUse)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_requests_add_up_to_the_busy_time(data: st.DataObject) -> None:
     """Over any run of steps and arrivals; a simulated device has no gaps of its own."""
