@@ -50,7 +50,7 @@ def test_a_package_cannot_take_over_a_built_in_name(third_parties):
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(BackendUnavailable, match=r"'tpu'; known names: auto, cpu"):
+    with pytest.raises(BackendUnavailable, match=r"'tpu'; known names: auto, blackwell, cpu"):
         registry.create_backend("tpu")
 
 

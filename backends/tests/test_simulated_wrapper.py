@@ -30,6 +30,9 @@ class HundredSeconds:
         self.asked.append(shape)
         return 100.0 * (shape.prefill_tokens + shape.decode_sequences)
 
+    def idle_seconds(self, shape: StepShape) -> float:
+        return 1.0
+
     def estimate(self) -> Estimate:
         return Estimate(0, 100, 100, 0, simulated=True)
 
@@ -44,7 +47,8 @@ def test_numbers_are_the_cpus_and_time_is_the_clocks() -> None:
     for start, ids in ((0, [5, 6, 7]), (3, [8])):
         segment = Segment(0, start, np.array(ids), table)
         assert np.array_equal(model.forward([segment]), cpu.forward([segment]))
-    assert clock.asked == [StepShape(3, 0, 6), StepShape(0, 1, 4)]
+    assert clock.asked == [StepShape(3, 0, 6, 1, 3, 1, 0), StepShape(0, 1, 4, decode_context=4)]
+    assert model.last_step.simulated_idle_s == 1
     assert model.last_step.simulated_s == 100
     assert model.simulated_s == 400
     assert 0 < model.last_step.total_s < 100  # measured

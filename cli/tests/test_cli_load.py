@@ -170,3 +170,7 @@ def test_cli_bench_serve_sums():
     assert "cost: 0.50 device seconds, $1.25 per million output tokens" in list(
         _sums(asked, driven, priced)
     )
+    simulated = replace(priced, cost_kind="simulated")
+    assert "cost: 0.50 device seconds (simulated), $1.25 per million output tokens" in list(
+        _sums(asked, driven, simulated)
+    )

@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from kvmesh.cli.main import app
-from kvmesh.cli.up import _with_backend
+from kvmesh.cli.up_backend import with_backend
 from kvmesh.services.common.config import MeshConfig
 from kvmesh.services.common.errors import ConfigError
 
@@ -59,11 +59,11 @@ def test_bad_input_is_one_line_and_exit_2(arguments: tuple[str, ...], message: s
 
 
 def test_backend_option_is_every_workers():
-    config = _with_backend(MeshConfig(), "lpu")
+    config = with_backend(MeshConfig(), "lpu")
     assert [each.backend for each in config.workers] == ["lpu", "lpu"]
     assert [each.role for each in config.workers] == ["prefill", "decode"]
 
 
 def test_unknown_backend_is_refused_before_anything_starts():
-    with pytest.raises(ConfigError, match="known names: auto, cpu"):
-        _with_backend(MeshConfig(), "abacus")
+    with pytest.raises(ConfigError, match="known names: auto, blackwell, cpu"):
+        with_backend(MeshConfig(), "abacus")

@@ -6,7 +6,7 @@ output ids with those of one worker that takes each prompt whole, alone and with
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,7 @@ from meshes import (
     started,
 )
 
-from kvmesh.integration.loadgen import closed_loop
+from kvmesh.integration.loadgen import RequestResult, closed_loop
 from kvmesh.services.common.config import RouterConfig, WorkerConfig
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
@@ -69,6 +69,21 @@ async def test_chunked_prefill_in_a_pool_that_preempts(
         assert await outputs(client, identity_requests(), concurrency=16) == expected
 
 
+def check_cost_of_moves(results: Sequence[RequestResult], victim: str) -> None:
+    """What the dead worker had done for a request stays on its bill."""
+    spent = 0.0
+    for usage in (result.usage for result in results):
+        assert len(usage.devices) >= usage.migrations + 1
+        stays = [s.queue_s + s.prefill_s + s.decode_s + s.kv_s for s in usage.devices]
+        assert usage.device_s == pytest.approx(sum(stays))
+        moved = usage.migrations > 0
+        spent += sum(
+            stay for stay, at in zip(stays, usage.devices, strict=True)
+            if moved and at.worker == victim
+        )  # fmt: skip
+    assert spent > 0
+
+
 async def test_a_killed_worker_is_not_heard(expected: list[list[int]], tmp_path: Path) -> None:
     """SIGKILL of a worker while all 40 requests stream from two; then of the other, once more."""
     config = mesh_config([WorkerConfig(role="both", count=2)])
@@ -82,6 +97,7 @@ async def test_a_killed_worker_is_not_heard(expected: list[list[int]], tmp_path:
             mesh.kill(victim, signal.SIGKILL)
             results = await running
             assert outputs_of(results) == expected
+            check_cost_of_moves(results, victim)
             migrated += sum(result.usage.migrations > 0 for result in results)
             await mesh.wait_restarted(victim, 1)
             await mesh.wait_ready()

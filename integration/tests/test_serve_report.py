@@ -118,3 +118,22 @@ async def test_loadgen_open_loop_times_from_when_a_request_was_due():
     for found in results:
         assert found.late_s >= 0.0
         assert found.duration_s >= found.late_s
+
+
+def test_report_keeps_simulated_and_measured_apart():
+    simulated = inference_pb2.Usage(
+        completion_tokens=3, cost_kind="simulated", device_s=0.5, cost_usd=0.003,
+        simulated_ttft_s=0.01, simulated_duration_s=0.05,
+    )  # fmt: skip
+    result = RequestResult(
+        ttft_s=1.0, duration_s=2.0, usage=simulated, token_s=[(1.0, 1), (2.0, 2)], begin_s=0.0
+    )
+    said = report([result], Limits())
+    assert (said.cost_kind, said.device_s, said.cost_usd) == ("simulated", 0.5, 0.003)
+    assert said.usd_per_million_tokens == pytest.approx(1000.0)
+    assert (said.ttft.p50, said.simulated_ttft.p50) == (1.0, 0.01)
+    assert said.simulated_tpot.p50 == pytest.approx(0.02)
+    measured = inference_pb2.Usage(completion_tokens=3, cost_kind="measured", device_s=1.0)
+    both = report([result, RequestResult(ttft_s=1.0, duration_s=2.0, usage=measured)], Limits())
+    assert (both.cost_kind, both.device_s, both.cost_usd) == ("mixed", None, None)
+    assert both.simulated_ttft.p50 == 0.01

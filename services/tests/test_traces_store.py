@@ -71,7 +71,8 @@ def test_traces_store_figures_of_a_trace(path: Path) -> None:
         # A link is found from both of its ends.
         assert [t.trace_id for t in reader.linked(trace_id("a"))] == [trace_id("c")]
         assert [t.trace_id for t in reader.linked(trace_id("c"))] == [trace_id("a")]
-        assert reader.find("last") == trace_id("c")
+        assert reader.find("last") == trace_id("a")  # whose simulated twin is the newest
+        assert reader.simulated(trace_id("a")) == reader.simulated(trace_id("c")) == trace_id("c")
         assert reader.find(trace_id("b")[:3].upper()) == trace_id("b")
         for wanted, message in (("6", "fits several"), ("ff", "no trace ff")):
             with pytest.raises(LookupError, match=message):

@@ -4,7 +4,7 @@ import itertools
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from worker_fakes import FakeModel, continuation
 
@@ -33,6 +33,7 @@ PARTS = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(PARTS, ESTIMATES, SECONDS, SECONDS, st.none() | SECONDS, SECONDS)
 def test_a_step_is_shared_out_whole(
     parts: list[StepPart],
@@ -45,10 +46,8 @@ def test_a_step_is_shared_out_whole(
     times = StepTimes(total_s, min(seal_s, total_s), 1, simulated_s, idle_s)
     uses = split_step(parts, times, estimate)
     expected = total_s if simulated_s is None else simulated_s
-    assert sum(use.total_s for use in uses) == pytest.approx(expected, rel=1e-9, abs=1e-12)
-    for part, use in zip(parts, uses, strict=True):
-        assert min(use.queue_s, use.prefill_s, use.decode_s, use.kv_s) >= 0
-        assert (use.decode_s if part.prefill else use.prefill_s) == 0
+    assert sum(sum(use) for use in uses) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert all(min(use) >= 0 for use in uses)
 
 
 def test_a_step_is_shared_by_what_each_adds_to_it():
@@ -56,9 +55,9 @@ def test_a_step_is_shared_by_what_each_adds_to_it():
     parts = [StepPart(0, 4, True), StepPart(99, 1, False)]
     # 1 + 4 * 0.5 + 10 * 0.01 = 3.1, and 1 + 1 + 100 * 0.01 = 3; the step took twice that.
     prompt, decode = split_step(parts, StepTimes(total_s=12.2), estimate)
-    assert prompt.prefill_s == pytest.approx(6.0)
+    assert prompt.compute_s == pytest.approx(6.0)
     assert prompt.kv_s == pytest.approx(0.2)
-    assert decode.decode_s == pytest.approx(4.0)
+    assert decode.compute_s == pytest.approx(4.0)
     assert decode.kv_s == pytest.approx(2.0)
 
 
@@ -75,6 +74,7 @@ def test_sealing_is_paid_by_those_whose_blocks_filled():
     assert sealing == pytest.approx([0.2, 0.1, 0.0])
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 99), min_size=1, max_size=9), st.floats(0, 99))
 def test_a_gap_is_shared_out_whole(since: list[float], free: float) -> None:
     shares = split_gap(since, free, 100.0)
@@ -89,6 +89,7 @@ class Waiting:
     use: DeviceUse = field(default_factory=DeviceUse)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_requests_add_up_to_the_busy_time(data: st.DataObject) -> None:
     """Over any run of steps and arrivals; a simulated device has no gaps of its own."""

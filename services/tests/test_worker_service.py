@@ -164,6 +164,9 @@ async def test_a_full_queue_refuses() -> None:
         ([1], {"sampling": {"max_tokens": 0}}, "max_tokens is 0"),
         ([1], {"shard_addresses": ["127.0.0.1:1", "unix:/x"]}, "'unix:/x' must be host:port"),
         ([1], {"tail_address": "a"}, "'a' must be host:port"),
+        ([1], {"simulated": {"start_ns": 1 << 63}}, "simulated.start_ns is 9223372036854775808"),
+        ([1], {"source": {"base_s": float("inf")}}, "source.base_s is inf, must be in [0, 3600]"),
+        ([1], {"source": {"byte_s": float("nan")}}, "source.byte_s is nan"),
     ],
 )
 async def test_what_can_never_run_is_an_invalid_argument(

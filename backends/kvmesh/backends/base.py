@@ -13,6 +13,7 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from kvmesh.backends.errors import BackendUnavailable
 from kvmesh.kernels.layout import KvLayout
 
 
@@ -21,7 +22,8 @@ class DeviceInfo:
     """One device as the mesh sees it, or `count` that act as one. Zero means: not known.
 
     price_per_hour: US dollars of one of the `count`; price_source: where that is from. All other
-    figures are of all of them together.
+    figures are of all of them together. transfer_*: what it takes, on a simulated device, to bring
+    KV to it: once, and for each byte of this model's KV.
     """
 
     name: str
@@ -34,6 +36,8 @@ class DeviceInfo:
     price_per_hour: float = 0.0
     price_source: str = ""
     count: int = 1
+    transfer_byte_s: float = 0.0
+    transfer_base_s: float = 0.0
 
     @property
     def simulated(self) -> bool:
@@ -42,11 +46,18 @@ class DeviceInfo:
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
-    """The work of one step: what a step's seconds are a function of."""
+    """The work of one step: what a step's seconds are a function of.
+
+    The last four say the same in more detail; an Estimate does without them.
+    """
 
     prefill_tokens: int = 0
     decode_sequences: int = 0
     context_tokens: int = 0  # sum over all query tokens of the tokens each attends to
+    prefill_chunks: int = 0
+    prefill_context: int = 0  # sum over chunks of the tokens read, the chunk's own included
+    prefill_outputs: int = 0  # chunks whose logits are wanted
+    decode_context: int = 0  # of context_tokens, those of decoding sequences
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +107,23 @@ class ModelSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Simulation:
+    """What a simulated device is to be; the default is what the backend's name says.
+
+    device: a device file's name, or a path to one. count: devices that act as one.
+    model: a shape whose steps are timed instead of the checkpoint's, which still says the tokens.
+    weights: format of the weights that are timed (architectures.WEIGHT_BYTES).
+    ffn_device: another device that runs the FFN of each layer; `device` then does the rest.
+    """
+
+    device: str = ""
+    count: int = 1
+    model: str = ""
+    weights: str = "bf16"
+    ffn_device: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ModelOptions:
     """How a backend opens a checkpoint.
 
@@ -112,6 +140,15 @@ class ModelOptions:
     threads: int = 1
     spin: bool = False
     memory_fraction: float = 0.5
+    simulation: Simulation = Simulation()
+
+    def refuse_simulation(self, backend: str) -> None:
+        """For a backend that measures. Raises BackendUnavailable if it is asked to simulate."""
+        if self.simulation != Simulation():
+            raise BackendUnavailable(
+                f"backend {backend!r} measures, so it simulates no device; use backend simulated, "
+                "blackwell or rubin"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,9 @@ _BUILT_IN = {
     "cpu": "kvmesh.backends.cpu.backend:CpuBackend",
     "cuda": "kvmesh.backends.cuda.backend:CudaBackend",
     "lpu": "kvmesh.backends.lpu.backend:LpuBackend",
+    "simulated": "kvmesh.backends.simulated.backend:SimulatedBackend",
+    "blackwell": "kvmesh.backends.simulated.backend:blackwell",
+    "rubin": "kvmesh.backends.simulated.backend:rubin",
 }
 # Fastest first; only backends that measure real time. `cuda` is asked for by name as long as it has
 # not been run on a GPU.

@@ -114,7 +114,8 @@ def _record(asked: dict[str, Any], driven: "Driven", result: "Report") -> dict[s
         "machine": describe_machine(),
         "model": driven.model.name,
         "codec": driven.model.format.codec,
-        "clock": "simulated" if driven.simulated else "measured",
+        "clock": "measured",  # of what the client saw, whatever the devices' is
+        "device_clock": "simulated" if driven.simulated else "measured",
         "asked": asked,
         "too_long": driven.too_long,
         "report": asdict(result),
@@ -125,7 +126,7 @@ def _show(asked: dict[str, Any], driven: "Driven", result: "Report") -> None:
     from kvmesh.integration.machine import describe_machine
 
     out = console()
-    clock = ", simulated" if driven.simulated else ""
+    clock = ", devices simulated" if driven.simulated else ""
     out.print(
         f"{describe_machine()}; {driven.model.name}, codec {driven.model.format.codec}{clock}",
         markup=False,
@@ -139,6 +140,9 @@ def _show(asked: dict[str, Any], driven: "Driven", result: "Report") -> None:
     ]
     if asked["concurrency"] is None:
         rows.append(("sent late by", result.late))
+    if result.cost_kind == "simulated":
+        rows.append(("simulated TTFT", result.simulated_ttft))
+        rows.append(("simulated TPOT", result.simulated_tpot))
     columns = ("", ">mean", ">p50", ">p90", ">p95", ">p99", ">max")
     print_table("", columns, [(name, *map(_ms, _cells(values))) for name, values in rows])
     out.print()
@@ -160,7 +164,8 @@ def _sums(asked: dict[str, Any], driven: "Driven", result: "Report") -> Iterator
         )
     share = result.cached_tokens / result.input_tokens if result.input_tokens else 0.0
     yield f"{result.cached_tokens} of {result.input_tokens} prompt tokens cached ({share:.0%})"
-    device = f"{result.device_s:.2f} device seconds" if result.device_s is not None else ""
+    mark = " (simulated)" if result.cost_kind == "simulated" else ""
+    device = f"{result.device_s:.2f} device seconds{mark}" if result.device_s is not None else ""
     price = result.usd_per_million_tokens
     dollars = f"${price:.4g} per million output tokens" if price is not None else ""
     yield "cost: " + (", ".join(part for part in (device, dollars) if part) or "not reported")

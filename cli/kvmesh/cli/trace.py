@@ -40,6 +40,11 @@ Attributes = Annotated[
     bool, typer.Option("--attributes", "-a", help="Show each span's attributes and events.")
 ]
 
+Simulated = Annotated[
+    bool,
+    typer.Option("--simulated", help="By the clocks of the simulated devices, not the wall clock."),
+]
+
 # One colour per service, the same in every trace.
 COLOURS = {
     "kvmesh-router": "cyan",
@@ -50,6 +55,7 @@ COLOURS = {
 CLOCK_MARKS = {"simulated": " simulated", "mixed": " partly simulated"}
 NAME_WIDTH = 28
 MIN_BAR = 12
+FINE_MS = 10.0  # a shorter trace is shown to the microsecond
 MAX_WIDTH = 130  # a line that is longer is hard to follow with the eye
 
 
@@ -94,6 +100,7 @@ def list_traces(
 def show(
     trace_id: TraceId = "last",
     run_dir: RunDir = None,
+    simulated: Simulated = False,
     attributes: Attributes = False,
     json: Json = False,
 ) -> None:
@@ -101,22 +108,31 @@ def show(
     from kvmesh.services.traces.tree import waterfall
 
     with _reader(run_dir) as reader:
-        rows = waterfall(reader.spans(_find(reader, trace_id)))
+        found = _find(reader, trace_id, simulated)
+        rows = waterfall(reader.spans(found))
+        twins = [each.trace_id for each in reader.linked(found) if each.clock == "simulated"]
     if json:
         print_json([asdict(row) for row in rows])
         return
     print_waterfall(rows, attributes)
+    for twin in twins:
+        console().print(
+            f"by simulated clocks: kvmesh trace show --simulated {twin[:8]}", style="dim"
+        )
 
 
 @command
 def export(
-    trace_id: TraceId = "last", run_dir: RunDir = None, format: Format = ExportFormat.CHROME
+    trace_id: TraceId = "last",
+    run_dir: RunDir = None,
+    format: Format = ExportFormat.CHROME,
+    simulated: Simulated = False,
 ) -> None:
     """Print one trace as JSON: for Perfetto and chrome://tracing, or as OTLP."""
     from kvmesh.services.traces.export import chrome_json, otlp_json
 
     with _reader(run_dir) as reader:
-        spans = reader.spans(_find(reader, trace_id))
+        spans = reader.spans(_find(reader, trace_id, simulated))
     print_json(chrome_json(spans) if format is ExportFormat.CHROME else otlp_json(spans))
 
 
@@ -134,9 +150,10 @@ def _reader(run_dir: "Path | None") -> "SpanReader":
         ) from None
 
 
-def _find(reader: "SpanReader", wanted: str) -> str:
+def _find(reader: "SpanReader", wanted: str, simulated: bool = False) -> str:
     try:
-        return reader.find(wanted)
+        found = reader.find(wanted)
+        return reader.simulated(found) if simulated else found
     except LookupError as error:
         raise CommandFailed(f"{error.args[0]}; 'kvmesh trace list' shows what there is") from None
 
@@ -156,15 +173,17 @@ def print_waterfall(rows: "Sequence[Row]", attributes: bool = False) -> None:
     out = console()
     total = total_ms(rows)
     width = max(MIN_BAR, min(out.width, MAX_WIDTH) - NAME_WIDTH - 44)
-    head = f"trace {rows[0].span.trace_id}, {len(rows)} spans, {total:.1f} ms"
+    digits = 1 if total >= FINE_MS else 3
+    head = f"trace {rows[0].span.trace_id}, {len(rows)} spans, {total:.{digits}f} ms"
+    head += " (simulated)" if all(row.span.simulated for row in rows) else ""
     out.print(Text(head, style="bold"))
     for row in rows:
-        out.print(_line(row, total, width), no_wrap=True, overflow="crop", crop=True)
+        out.print(_line(row, total, width, digits), no_wrap=True, overflow="crop", crop=True)
         if attributes:
             out.print(Text(_details(row), style="dim"), soft_wrap=True)
 
 
-def _line(row: "Row", total: float, width: int) -> "Text":
+def _line(row: "Row", total: float, width: int, digits: int) -> "Text":
     from rich.text import Text
 
     from kvmesh.services.traces.tree import bar
@@ -175,7 +194,8 @@ def _line(row: "Row", total: float, width: int) -> "Text":
     begin, length = bar(row, total, width)
     failed = span.status == "ERROR"
     line = Text(f"{name[: NAME_WIDTH - 1]:<{NAME_WIDTH}}", style="bold red" if failed else colour)
-    line.append(f"{span.member[:11]:<12}{row.offset_ms:>9.1f}{row.duration_ms:>9.1f} ms ")
+    line.append(f"{span.member[:11]:<12}")
+    line.append(f"{row.offset_ms:>9.{digits}f}{row.duration_ms:>9.{digits}f} ms ")
     line.append(" " * begin + "█" * length, style=colour)
     if span.events:
         line.append(f" {len(span.events)} event{'s'[: len(span.events) > 1]}", style="dim")

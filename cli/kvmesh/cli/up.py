@@ -13,6 +13,15 @@ import typer
 from kvmesh.cli.errors import INTERRUPTED, CommandFailed, not_running
 from kvmesh.cli.options import ConfigFile, RunDir, command
 from kvmesh.cli.render import console, print_table
+from kvmesh.cli.up_backend import (
+    BackendName,
+    Device,
+    Devices,
+    TimedAs,
+    Weights,
+    simulating,
+    with_backend,
+)
 
 if TYPE_CHECKING:
     import asyncio
@@ -36,20 +45,14 @@ StopSeconds = Annotated[
 ]
 
 
-BackendName = Annotated[
-    str | None,
-    typer.Option(
-        "--backend",
-        help="Backend of every worker and shard, instead of the mesh.toml's.",
-        show_default=False,
-    ),
-]
-
-
 @command
 def up(
     config: ConfigFile = None,
     backend: BackendName = None,
+    device: Device = None,
+    devices: Devices = None,
+    as_model: TimedAs = None,
+    weights: Weights = None,
     run_dir: RunDir = None,
     detach: Detach = False,
     timeout: ReadySeconds = 180.0,
@@ -63,7 +66,11 @@ def up(
 
     mesh_config = load_config(config)
     if backend is not None:
-        mesh_config = _with_backend(mesh_config, backend)
+        mesh_config = with_backend(mesh_config, backend)
+    wanted = {"device": device, "count": devices, "model": as_model, "weights": weights}
+    given: dict[str, object] = {name: value for name, value in wanted.items() if value is not None}
+    if given:
+        mesh_config = simulating(mesh_config, given)
     path = resolve_run_dir(run_dir)
     choice = choose_codec(mesh_config.model, find_check(mesh_config.model))
     if choice.warning:
@@ -71,27 +78,15 @@ def up(
     if detach:
         options = [] if config is None else ["--config", str(config.absolute())]
         options += [] if backend is None else ["--backend", backend]
+        asked = (device, devices, as_model, weights)
+        flags = ("--device", "--devices", "--as-model", "--weights")
+        for flag, value in zip(flags, asked, strict=True):
+            options += [] if value is None else [flag, str(value)]
         _detached(options, path, timeout)
         return
     code = asyncio.run(_foreground(mesh_config, path, timeout))
     if code:
         raise typer.Exit(code)
-
-
-def _with_backend(config: "MeshConfig", name: str) -> "MeshConfig":
-    """The mesh with that backend for every worker, and for the shards' memory where it has one.
-
-    Raises ConfigError if it cannot run here.
-    """
-    from kvmesh.backends.registry import AUTO, unavailable_reason
-    from kvmesh.services.common.errors import ConfigError
-
-    reason = None if name == AUTO else unavailable_reason(name)
-    if reason is not None:
-        raise ConfigError(f"--backend {name}: {reason}")
-    workers = tuple(each.model_copy(update={"backend": name}) for each in config.workers)
-    shards = config.kvcache.model_copy(update={"backend": "cuda" if name == "cuda" else "cpu"})
-    return config.model_copy(update={"workers": workers, "kvcache": shards})
 
 
 async def _foreground(config: "MeshConfig", run_dir: Path, timeout_s: float) -> int:

@@ -40,7 +40,9 @@ class Report:
     ttft, duration: from when a request was due. tpot: of each request, between its first and last
     token, per token. itl: gaps between responses that brought tokens, over all requests.
     late: how far behind its time the client sent. goodput: requests within all limits, per second.
-    device_s, cost_usd: as the mesh reported them; None if it did not.
+    device_s, cost_usd: as the mesh reported them; None if it did not, or for both kinds of clocks.
+    cost_kind: measured, simulated, mixed; empty if not reported. simulated_ttft, simulated_tpot: by
+    the clocks of simulated devices, where all else is what the client measured.
     """
 
     seconds: float
@@ -64,6 +66,9 @@ class Report:
     device_s: float | None
     cost_usd: float | None
     usd_per_million_tokens: float | None
+    cost_kind: str
+    simulated_ttft: Spread
+    simulated_tpot: Spread
 
 
 def report(results: Sequence[RequestResult], limits: Limits) -> Report:
@@ -76,7 +81,11 @@ def report(results: Sequence[RequestResult], limits: Limits) -> Report:
     output = sum(result.usage.completion_tokens for result in done)
     given = sum(result.usage.prompt_tokens for result in done)
     good = sum(within(result, limits) for result in done)
-    cost = _reported(done, "cost_usd")
+    kinds = {result.usage.cost_kind for result in done} - {""}
+    kind = kinds.pop() if len(kinds) == 1 else "mixed" if kinds else ""
+    mixed = kind == "mixed"
+    cost = None if mixed else _reported(done, "cost_usd")
+    simulated = [result for result in done if result.usage.cost_kind == "simulated"]
     return Report(
         seconds=seconds,
         requests=len(results),
@@ -96,9 +105,14 @@ def report(results: Sequence[RequestResult], limits: Limits) -> Report:
         duration=spread([result.duration_s for result in done]),
         late=spread([result.late_s for result in results]),
         migrations=sum(result.usage.migrations for result in done),
-        device_s=_reported(done, "device_s"),
+        device_s=None if mixed else _reported(done, "device_s"),
         cost_usd=cost,
         usd_per_million_tokens=cost / output * 1e6 if cost is not None and output else None,
+        cost_kind=kind,
+        simulated_ttft=spread([result.usage.simulated_ttft_s for result in simulated]),
+        simulated_tpot=spread(
+            [tpot for result in simulated if (tpot := _simulated_tpot_s(result)) is not None]
+        ),
     )
 
 
@@ -120,6 +134,13 @@ def tpot_s(result: RequestResult) -> float | None:
     if count < 2 or not result.token_s:
         return None
     return (result.token_s[-1][0] - result.token_s[0][0]) / (count - 1)
+
+
+def _simulated_tpot_s(result: RequestResult) -> float | None:
+    usage = result.usage
+    if usage.completion_tokens < 2:
+        return None
+    return (usage.simulated_duration_s - usage.simulated_ttft_s) / (usage.completion_tokens - 1)
 
 
 def gaps_s(result: RequestResult) -> list[float]:
@@ -152,5 +173,5 @@ def _rate(count: float, seconds: float) -> float:
 
 def _reported(results: Sequence[RequestResult], field: str) -> float | None:
     """The sum of a usage field; None as long as no request of the mesh reports one."""
-    total = sum(getattr(result.usage, field, 0.0) for result in results)
+    total = sum(getattr(result.usage, field) for result in results)
     return total or None

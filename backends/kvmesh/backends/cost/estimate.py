@@ -1,7 +1,9 @@
 """A StepCost as the linear Estimate that a router prices with."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
+from kvmesh.backends.architectures import ModelShape
 from kvmesh.backends.base import Estimate, StepShape
 from kvmesh.backends.cost.fit import StepFit
 from kvmesh.backends.cost.shapes import StepWork
@@ -16,17 +18,21 @@ _CONTEXTS = (128, 1024, 8192, 32768)
 def linear_estimate(cost: StepCost) -> Estimate:
     """The non-negative fit of least relative error over prefill, decode and mixed steps of an
     instance; contexts are cut at the model's longest. Marked simulated."""
+    return fitted_estimate(lambda work: cost.step(cost.instance(work)).latency_s, cost.model)
+
+
+def fitted_estimate(seconds: Callable[[StepWork], float], model: ModelShape) -> Estimate:
+    """The same for steps of any clock."""
     fit = StepFit()
-    for work in _steps(cost):
+    for work in _steps(model):
         attended = work.prefill_attended + work.decode_context
-        shape = StepShape(work.prefill_tokens, work.decode_sequences, attended)
-        fit.observe(shape, cost.step(cost.instance(work)).latency_s)
+        fit.observe(StepShape(work.prefill_tokens, work.decode_sequences, attended), seconds(work))
     return replace(fit.estimate(), simulated=True)
 
 
-def _steps(cost: StepCost) -> list[StepWork]:
-    window = cost.model.window.tokens if cost.model.window else None
-    longest = cost.model.max_context
+def _steps(model: ModelShape) -> list[StepWork]:
+    window = model.window.tokens if model.window else None
+    longest = model.max_context
     chunks = sorted({(min(s, longest - 1), min(n, longest)) for s in _STARTS for n in _CHUNKS})
     chunks = [(start, count) for start, count in chunks if start + count <= longest]
     contexts = sorted({min(context, longest) for context in _CONTEXTS})

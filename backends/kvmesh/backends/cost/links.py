@@ -47,6 +47,14 @@ class Links:
         return self._out_latency if self._domains > 1 else 0.0
 
 
+def host_gap_s(device: Device, sequences: float) -> float:
+    """Between two steps of so many sequences, in which a device waits for its host."""
+    if device.efficiency is None:
+        return 0.0
+    host = device.efficiency.host
+    return host.step_s.value + host.sequence_s.value * sequences
+
+
 def _latency(device: Device) -> float:
     return device.scale_up.latency_s.value if device.scale_up.latency_s else 0.0
 

@@ -32,6 +32,7 @@ class CpuBackend:
         from kvmesh.backends.cpu.model import CpuModel
         from kvmesh.backends.models.loader import load_checkpoint
 
+        options.refuse_simulation("cpu")
         return CpuModel(load_checkpoint(path), options)
 
 

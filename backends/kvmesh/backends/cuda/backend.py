@@ -25,6 +25,7 @@ class CudaBackend:
         reason = self.probe()
         if reason is not None:
             raise BackendUnavailable(f"backend 'cuda' cannot run here: {reason}", {"cuda": reason})
+        options.refuse_simulation("cuda")
         import onnxruntime
 
         from kvmesh.backends.cuda.model import CudaModel

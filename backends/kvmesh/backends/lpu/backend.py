@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from kvmesh.backends.base import Model, ModelOptions
+from kvmesh.backends.base import Model, ModelOptions, Simulation
 from kvmesh.backends.cpu.backend import CpuBackend
 from kvmesh.backends.errors import BackendUnavailable
 
@@ -20,12 +20,21 @@ class LpuBackend:
         reason = self.probe()
         if reason is not None:
             raise BackendUnavailable(f"backend 'lpu' cannot run here: {reason}", {"lpu": reason})
+        if options.simulation != Simulation(model=options.simulation.model):
+            raise BackendUnavailable(
+                "backend 'lpu' takes as few chips of the first LPU as hold the model, with INT8 "
+                "weights; of [workers.simulate] it takes the model alone"
+            )
         from kvmesh.backends.cpu.model import CpuModel
-        from kvmesh.backends.lpu.shapes import shape_of
+        from kvmesh.backends.lpu.shapes import find_shape, shape_of
         from kvmesh.backends.lpu.timing import lpu_clock
         from kvmesh.backends.models.loader import load_checkpoint
         from kvmesh.backends.simulated.wrapper import SimulatedModel
 
         checkpoint = load_checkpoint(path)
-        clock = lpu_clock(shape_of(checkpoint.config, ""), options.codec)
+        own = shape_of(checkpoint.config, "")
+        timed = options.simulation.model
+        clock = lpu_clock(find_shape(timed) if timed else own, options.codec)
+        if timed:
+            clock = clock.timed_as(timed, own)
         return SimulatedModel(CpuModel(checkpoint, options), clock)

@@ -125,6 +125,12 @@ def compile_model(
     return Compiled(placement, codec, context, tokens, parts)
 
 
+def compile_ffn(shape: ModelShape, group: int, tokens: int) -> Part:
+    """One layer's FFN on a group of chips, for a model whose other parts are elsewhere."""
+    room = CHIP.room_to_work(3 * shape.hidden * -(-shape.ffn // group))
+    return _part("ffn", (Work(shape, group, "fp16", 1, tokens), room), ("ffn",), shape.num_layers)
+
+
 def _part(name: str, work: tuple[Work, int], steps: tuple[str, ...], times: int) -> Part:
     """work: and the vectors of each work slice that are free for it."""
     schedule = Schedule(CHIP, work[1])

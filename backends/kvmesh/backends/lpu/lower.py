@@ -45,7 +45,12 @@ class Lowering:
         attended = self._attention(self._norm("norm 1", x))
         rows = shape.heads // group * shape.head_dim
         partial = ops.matmul("output", attended, (tokens, rows, hidden))
-        x = self._sum("sum 1", partial, x)
+        return self.ffn(self._sum("sum 1", partial, x))
+
+    def ffn(self, x: Value) -> Value:
+        """The hidden state after a layer's second half."""
+        ops, shape, group = self._ops, self._work.shape, self._work.group
+        tokens, hidden = self._work.tokens, shape.hidden
         h = self._norm("norm 2", x)
         ffn = ceil(shape.ffn / group)
         gate = ops.matmul("gate", h, (tokens, hidden, ffn))

@@ -1,12 +1,14 @@
 """Seconds of a step on simulated LPU chips, from programs that were compiled and run."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvmesh.backends.base import DeviceInfo, Estimate, StepShape
+from kvmesh.backends.devices.library import load_device
 from kvmesh.backends.lpu.chip import LpuChip
 from kvmesh.backends.lpu.compile import CHIP, compile_model
 from kvmesh.backends.lpu.shapes import ModelShape, Placement
+from kvmesh.backends.simulated.device import device_info
 
 _SHORT, _LONG = 64, 1024  # tokens of context
 _WIDE = 8  # tokens of one program
@@ -32,6 +34,18 @@ class LpuClock:
     single: float  # cycles per token of context, of one sequence's decode
     shared: float  # likewise, for each further token of a prompt
 
+    def timed_as(self, name: str, own: ModelShape) -> "LpuClock":
+        """The clock of another model than `own`, which computes: its device says so."""
+        timed = self.placement.shape
+        elements = [each.num_layers * each.kv_heads * each.head_dim for each in (timed, own)]
+        ratio = elements[0] / elements[1]
+        device = replace(
+            self.device,
+            name=f"{self.device.name}, timed as {name}",
+            transfer_byte_s=self.device.transfer_byte_s * ratio,
+        )
+        return replace(self, device=device)
+
     def step_seconds(self, shape: StepShape) -> float:
         """One step: the tokens of a prompt, and of all that decode, go through the layers."""
         tokens = shape.prefill_tokens + shape.decode_sequences
@@ -42,6 +56,10 @@ class LpuClock:
         cycles = self.first + self.token * tokens + self.single * context * readings
         cycles += self.shared * context * max(0, shape.prefill_tokens - 1)
         return cycles / self.chip.clock_hz
+
+    def idle_seconds(self, shape: StepShape) -> float:
+        """No host takes part in a schedule."""
+        return 0.0
 
     def estimate(self) -> Estimate:
         """A line that is exact for one decoding sequence, and near for others."""
@@ -89,7 +107,13 @@ def lpu_clock(shape: ModelShape, codec: str) -> LpuClock:
 def _device(placement: Placement) -> DeviceInfo:
     chips, hz = placement.chips, CHIP.clock_hz
     int8 = CHIP.peak_int8_ops_per_cycle * hz * chips
+    priced = device_info(load_device("lpu-v1"), chips, "", 1.0)
     return DeviceInfo(
+        price_per_hour=priced.price_per_hour,
+        price_source=priced.price_source,
+        count=chips,
+        transfer_byte_s=priced.transfer_byte_s,
+        transfer_base_s=priced.transfer_base_s,
         name=f"LPU v1 x {chips}",
         kind="simulated",
         architecture="tsp",

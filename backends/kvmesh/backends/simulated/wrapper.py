@@ -32,6 +32,10 @@ class StepClock(Protocol):
 
     def step_seconds(self, shape: StepShape) -> float: ...
 
+    def idle_seconds(self, shape: StepShape) -> float:
+        """Of step_seconds, those in which the device waits for its host."""
+        ...
+
     def estimate(self) -> Estimate:
         """The same, linear in the shape; marked simulated."""
         ...
@@ -67,8 +71,11 @@ class SimulatedModel:
     def forward(self, segments: Sequence[Segment]) -> npt.NDArray[np.float32]:
         """See base.Model.forward."""
         logits = self._model.forward(segments)
-        seconds = self._clock.step_seconds(self._model.last_shape)
-        self._last_step = replace(self._model.last_step, simulated_s=seconds)
+        shape = self._model.last_shape
+        seconds = self._clock.step_seconds(shape)
+        idle_s = self._clock.idle_seconds(shape)
+        measured = self._model.last_step
+        self._last_step = replace(measured, simulated_s=seconds, simulated_idle_s=idle_s)
         self._simulated_s += seconds
         return logits
 

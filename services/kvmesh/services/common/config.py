@@ -54,6 +54,7 @@ class RouterConfig(Section):
     lease_s: Annotated[float, Field(gt=0.1)] = 3.0
     index_bytes: Annotated[int, Field(ge=1 << 16)] = 256 << 20
     handover_min_tokens: Annotated[int, Field(ge=0)] = 256  # uncached; below, decode does both
+    handover_patience: Annotated[float, Field(gt=0)] = 2.0  # times as slow as without, still taken
     max_migrations: Annotated[int, Field(ge=0)] = 3
     request_timeout_s: Annotated[float, Field(gt=0)] = 600.0
 
@@ -73,6 +74,16 @@ class KvCacheConfig(Section):
     replicas: Annotated[int, Field(ge=1)] = 1
 
 
+class SimulateConfig(Section):
+    """What a simulated backend's device is; empty: what the backend's name says."""
+
+    device: str = ""  # a device's name ('kvmesh devices list') or a file of your own
+    count: Annotated[int, Field(ge=1)] = 1  # devices that act as one
+    model: str = ""  # a model's shape whose steps are timed; the tokens stay those of the mesh's
+    weights: str = "bf16"  # format of its weights
+    ffn_device: str = ""  # another device that runs each layer's FFN; `device` does the rest
+
+
 class WorkerConfig(Section):
     role: Role = "both"
     count: Annotated[int, Field(ge=1)] = 1
@@ -86,6 +97,7 @@ class WorkerConfig(Section):
     prefill_chunk: Annotated[int, Field(ge=1)] = 256  # most prompt tokens while others decode
     threads: Annotated[int, Field(ge=1)] = 1
     spin: bool = False
+    simulate: SimulateConfig = SimulateConfig()
 
 
 class GatewayConfig(Section):

@@ -45,27 +45,30 @@ def context_of(span: trace.Span) -> Context:
     return trace.set_span_in_context(span, Context())
 
 
+def link(one: trace.Span, other: trace.Span) -> None:
+    """Both ways, while neither has ended."""
+    one.add_link(other.get_span_context())
+    other.add_link(one.get_span_context())
+
+
 def trace_id_of(span: trace.Span) -> str:
     """32 hex digits."""
     return format(span.get_span_context().trace_id, "032x")
 
 
-class Telemetry:
-    """One process's tracer. Close it to flush what is still in memory."""
+class SpanSource:
+    """Starts a process's spans of one clock, which their resource names."""
 
-    def __init__(
-        self, service: str, member: str, senders: Sequence[SpanSender] | None = None
-    ) -> None:
+    def __init__(self, service: str, member: str, senders: Sequence[SpanSender], clock: str):
         resource = Resource.create(
             {
                 "service.name": f"kvmesh-{service}",
                 "service.instance.id": member,
-                names.CLOCK: "measured",
+                names.CLOCK: clock,
             }
         )
         self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        self._senders = tuple(senders or ())
-        for sender in self._senders:
+        for sender in senders:
             self._provider.add_span_processor(sender)
         self.tracer: trace.Tracer = self._provider.get_tracer("kvmesh")
         self._labels = {names.SERVICE: service, names.MEMBER: member}
@@ -90,14 +93,29 @@ class Telemetry:
             kind=kind,
         )
 
+    def close(self) -> None:
+        """Flushes and stops. Twice is safe."""
+        self._provider.shutdown()
+
+
+class Telemetry(SpanSource):
+    """One process's tracer of what it measures. Close it to flush what is still in memory.
+
+    simulated: for spans whose times are those of a simulated device. They are traces of their own,
+    linked with the measured ones.
+    """
+
+    def __init__(
+        self, service: str, member: str, senders: Sequence[SpanSender] | None = None
+    ) -> None:
+        self._senders = tuple(senders or ())
+        super().__init__(service, member, self._senders, "measured")
+        self.simulated = SpanSource(service, member, self._senders, "simulated")
+
     @property
     def dropped(self) -> int:
         """Finished spans that went nowhere, over all receivers."""
         return sum(sender.dropped for sender in self._senders)
-
-    def close(self) -> None:
-        """Flushes and stops. Twice is safe."""
-        self._provider.shutdown()
 
 
 def senders(otlp: str, token: str = "") -> list[SpanSender]:

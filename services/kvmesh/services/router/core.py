@@ -26,9 +26,6 @@ from kvmesh.services.router.index import Match, PrefixIndex
 from kvmesh.services.router.speculation import Life, Speculation
 from kvmesh.services.router.workers import WorkerTable
 
-# A decode worker computes a long prompt itself only if every hand-over would take this many times
-# as long: its own prefill would hold up what it decodes.
-HANDOVER_PATIENCE = 2.0
 SPECULATION_S = 2.0  # beyond the predicted time to the first token
 # Of more than SHORTLIST**2 pairs, those of the prefill and the decode workers that are best by
 # themselves are weighed: a mesh of hundreds of workers has thousands of pairs.
@@ -65,6 +62,7 @@ class RouterCore:
 
     def __init__(self, config: RouterConfig, model: CostModel | None = None) -> None:
         self._handover_min = config.handover_min_tokens
+        self._patience = config.handover_patience
         self._speculation = Speculation()
         self.model = model or CostModel()
         self.index = PrefixIndex(config.index_bytes)
@@ -90,7 +88,7 @@ class RouterCore:
         pairs: list[Candidate] = []
         if query.handover:
             pairs = self._pairs(query, places, output)
-            _reject_slow_prefill(singles, pairs, self._worth(query, places))
+            _reject_slow_prefill(singles, pairs, self._worth(query, places), self._patience)
         return _decide(query, [*singles, *pairs])
 
     def expect(self, query: RouteQuery, chosen: Candidate, now: float) -> None:
@@ -183,14 +181,18 @@ def _shortlist(places: Sequence[Place], seconds: Callable[[Place], float]) -> li
 
 
 def _reject_slow_prefill(
-    singles: Sequence[Candidate], pairs: Sequence[Candidate], worth: set[str]
+    singles: Sequence[Candidate],
+    pairs: Sequence[Candidate],
+    worth: set[str],
+    patience: float,
 ) -> None:
-    """Keeps long prompts off workers that decode, while a hand-over is not much slower."""
+    """Keeps long prompts off workers that decode, unless every hand-over would take `patience`
+    times as long: their own prefill would hold up what they decode."""
     fastest = min((pair.total_s for pair in pairs if not pair.rejected), default=math.inf)
     for alone in singles:
         if alone.rejected or alone.decode_worker not in worth:
             continue
-        if fastest <= HANDOVER_PATIENCE * alone.total_s:
+        if fastest <= patience * alone.total_s:
             alone.rejected = f"{alone.prompt.uncached} uncached tokens: hand over after prefill"
 
 

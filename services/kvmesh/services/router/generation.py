@@ -299,8 +299,19 @@ class Generation:
             self._usage.decode_worker = worker
         link = self._parts.fleet.workers[worker]
         self._bill.arrive(link.member)
+        if link.member.simulated:
+            self._simulate(submit)
         self._leg = Leg(self, link, self._parts.core.workers, prefill_only)
         self._leg.begin(submit, uncached)
+
+    def _simulate(self, submit: worker_pb2.Submit) -> None:
+        """Tells a simulated device when it begins by its own clock, and where its KV is from."""
+        submit.simulated.CopyFrom(self._spans.simulated(self._bill.simulated_s))
+        stays = self._bill.stays
+        came_from = self._parts.fleet.workers.get(stays[-2].worker) if len(stays) > 1 else None
+        if came_from is not None:
+            submit.source.base_s = came_from.member.transfer_base_s
+            submit.source.byte_s = came_from.member.transfer_byte_s
 
     def _first_of(self, leg: Leg, update: worker_pb2.TokenUpdate) -> None:
         """The first token of a leg; of the first leg, the caller's first token."""

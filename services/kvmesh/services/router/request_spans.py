@@ -1,6 +1,7 @@
 """The spans of one request at the router. No span per token: all text is one span."""
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,12 +12,12 @@ from opentelemetry.trace import Status, StatusCode
 
 from kvmesh.services.common import names
 from kvmesh.services.common.errors import MeshError
-from kvmesh.services.common.telemetry import Telemetry, context_of, inject, trace_id_of
+from kvmesh.services.common.telemetry import Telemetry, context_of, inject, link, trace_id_of
 from kvmesh.services.router.bill import HOUR_S, MIXED, SIMULATED
 from kvmesh.services.router.core import Decision
 from kvmesh.services.router.cost import Candidate
 from kvmesh.services.router.prepare import Prepared
-from kvmesh.v1 import common_pb2, inference_pb2
+from kvmesh.v1 import common_pb2, inference_pb2, worker_pb2
 
 
 class RequestSpans:
@@ -26,12 +27,15 @@ class RequestSpans:
         self, telemetry: Telemetry, request: inference_pb2.GenerateRequest, parent: Context
     ) -> None:
         self._telemetry = telemetry
+        self._start_ns = time.time_ns()
+        self._twin: trace.Span | None = None  # the root by the simulated devices' clocks
         self._root = telemetry.start(
             f"{names.SPAN_REQUEST} {request.model}".rstrip(),
             parent,
             {names.OPERATION: "chat", names.PROVIDER: "kvmesh", names.REQUEST_MODEL: request.model},
         )
         self._below = context_of(self._root)
+        self._facts: dict[str, str | int | float] = {}  # of the request, for both roots
         self._handover: trace.Span | None = None
         self._text: trace.Span | None = None
         self.texts = 0  # messages of new text
@@ -42,7 +46,24 @@ class RequestSpans:
         )
 
     def of_tenant(self, name: str) -> None:
+        self._facts[names.TENANT] = name
         self._root.set_attribute(names.TENANT, name)
+
+    def simulated(self, after_s: float) -> worker_pb2.SimulatedTrace:
+        """For a stay on a simulated device, which begins so long after the arrival."""
+        if self._twin is None:
+            self._twin = self._telemetry.simulated.start(
+                names.SPAN_REQUEST, Context(), start_ns=self._start_ns
+            )
+            link(self._root, self._twin)
+        carrier = dict(inject(context_of(self._twin)))
+        return worker_pb2.SimulatedTrace(
+            context=common_pb2.TraceContext(
+                traceparent=carrier.get("traceparent", ""),
+                tracestate=carrier.get("tracestate", ""),
+            ),
+            start_ns=self._start_ns + round(after_s * 1e9),
+        )
 
     @contextmanager
     def tokenize(self) -> Iterator[trace.Span]:
@@ -64,18 +85,17 @@ class RequestSpans:
     def prepared(self, prepared: Prepared) -> None:
         """What is known once the prompt has been encoded."""
         self._root.update_name(f"{names.SPAN_REQUEST} {prepared.model.name}")
-        self._root.set_attributes(
-            {
-                names.REQUEST_MODEL: prepared.model.name,
-                names.RESPONSE_MODEL: prepared.model.name,
-                names.REQUEST_ID: prepared.request_id,
-                names.RESPONSE_ID: prepared.wire_id,
-                names.INPUT_TOKENS: len(prepared.prompt),
-                names.TEMPERATURE: prepared.settings.temperature,
-                names.MAX_TOKENS: prepared.max_tokens,
-                names.SEED: str(prepared.sampling.seed),  # may be over an attribute's 63 bits
-            }
-        )
+        self._facts |= {
+            names.REQUEST_MODEL: prepared.model.name,
+            names.RESPONSE_MODEL: prepared.model.name,
+            names.REQUEST_ID: prepared.request_id,
+            names.RESPONSE_ID: prepared.wire_id,
+            names.INPUT_TOKENS: len(prepared.prompt),
+            names.TEMPERATURE: prepared.settings.temperature,
+            names.MAX_TOKENS: prepared.max_tokens,
+            names.SEED: str(prepared.sampling.seed),  # may be over an attribute's 63 bits
+        }
+        self._root.set_attributes(self._facts)
 
     def decided(self, span: trace.Span, decision: Decision) -> None:
         span.set_attribute(names.REASON, decision.reason)
@@ -115,8 +135,36 @@ class RequestSpans:
                 names.WORKER: usage.decode_worker,
             }
         )
-        self._root.set_attributes(_cost(usage))
+        cost = _cost(usage)
+        if self._twin is not None:
+            self._end_twin(self._twin, usage, reason, cost)
+        self._root.set_attributes(cost)
         self._root.end()
+
+    def _end_twin(
+        self,
+        twin: trace.Span,
+        usage: inference_pb2.Usage,
+        reason: str,
+        cost: dict[str, str | float],
+    ) -> None:
+        model = self._facts.get(names.RESPONSE_MODEL, "")
+        twin.update_name(f"{names.SPAN_REQUEST} {model}".rstrip())
+        twin.set_attributes(
+            {
+                **self._facts,
+                names.OPERATION: "chat",
+                names.PROVIDER: "kvmesh",
+                names.FINISH_REASONS: [reason],
+                names.OUTPUT_TOKENS: usage.completion_tokens,
+                names.CACHED_TOKENS: usage.cached_tokens,
+                names.TIME_TO_FIRST: usage.simulated_ttft_s,
+                names.MIGRATIONS: usage.migrations,
+                names.WORKER: usage.decode_worker,
+                **cost,
+            }
+        )
+        twin.end(self._start_ns + round(usage.simulated_duration_s * 1e9))
 
     def _end_handover(self) -> None:
         if self._handover is not None:
@@ -152,9 +200,10 @@ def _cost(usage: inference_pb2.Usage) -> dict[str, str | float]:
         parts = (split.queue_usd, split.prefill_usd, split.decode_usd, split.kv_usd)
         found |= dict(zip(names.COST_SPLIT, parts, strict=True))
         found[names.COST_USD] = usage.cost_usd
+        prices = {stay.price_usd_h for stay in usage.devices}
         # Of workers with different prices: their mean, by device seconds.
-        seconds = usage.device_s
-        found[names.COST_PRICE] = usage.cost_usd / seconds * HOUR_S if seconds else 0.0
+        mean = usage.cost_usd / usage.device_s * HOUR_S if usage.device_s else 0.0
+        found[names.COST_PRICE] = prices.pop() if len(prices) == 1 else mean
     if usage.cost_kind == SIMULATED:
         found[names.SIMULATED_FIRST] = usage.simulated_ttft_s
         found[names.SIMULATED_DURATION] = usage.simulated_duration_s

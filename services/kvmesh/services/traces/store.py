@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmesh.services.traces.query import MAX_LIMIT, Filter
-from kvmesh.services.traces.spans import Span
+from kvmesh.services.traces.spans import SIMULATED, Span
 from kvmesh.services.traces.summary import ROUTER_SERVICE, Part, TraceSummary
 
 SCHEMA_VERSION = 1
@@ -219,7 +219,7 @@ class SpanReader:
             newest = self.newest(Filter(), 1)
             if not newest:
                 raise LookupError("no request is stored yet")
-            return newest[0].trace_id
+            return self._measured(newest[0]).trace_id
         low = wanted.lower()
         rows = self._db.execute(
             "SELECT trace_id FROM traces WHERE substr(trace_id, 1, ?) = ? LIMIT 6", [len(low), low]
@@ -239,6 +239,24 @@ class SpanReader:
             [trace_id, trace_id],
         ).fetchall()
         return [s for row in rows if (s := self.summary(row["id"])) and row["id"] != trace_id]
+
+    def _measured(self, trace: TraceSummary) -> TraceSummary:
+        """The same request by the wall clock, whose trace has all its legs; or the trace itself."""
+        if trace.clock != SIMULATED:
+            return trace
+        twins = [each for each in self.linked(trace.trace_id) if each.clock != SIMULATED]
+        return twins[0] if twins else trace
+
+    def simulated(self, trace_id: str) -> str:
+        """The id of the same request by its simulated devices' clocks, be it this one's own.
+
+        Raises LookupError if it has none.
+        """
+        own = self.summary(trace_id)
+        for trace in [*([own] if own is not None else []), *self.linked(trace_id)]:
+            if trace.clock == SIMULATED:
+                return trace.trace_id
+        raise LookupError(f"trace {trace_id} has no simulated times: its devices are measured")
 
     def summary(self, trace_id: str) -> TraceSummary | None:
         row = self._db.execute(

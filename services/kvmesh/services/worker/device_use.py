@@ -8,12 +8,12 @@ steps is shared out too, over those that wait in it; on a simulated one the gap 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kvmesh.backends.base import Estimate, StepTimes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DeviceUse:
     """Seconds of a device that a sequence has taken; see kvmesh.v1.CostSplit for the parts."""
 
@@ -26,71 +26,56 @@ class DeviceUse:
     def total_s(self) -> float:
         return self.queue_s + self.prefill_s + self.decode_s + self.kv_s
 
-    def __add__(self, other: "DeviceUse") -> "DeviceUse":
-        return DeviceUse(
-            self.queue_s + other.queue_s,
-            self.prefill_s + other.prefill_s,
-            self.decode_s + other.decode_s,
-            self.kv_s + other.kv_s,
-        )
 
-
-@dataclass(frozen=True, slots=True)
-class StepPart:
-    """What a step did for one sequence: tokens [start, start + count).
+class StepPart(NamedTuple):
+    """What a step did for one sequence: it ran `tokens` tokens from position `start` on.
 
     prefill: it has said no token here yet. sealed: blocks that it filled.
     """
 
     start: int
-    count: int
+    tokens: int
     prefill: bool
     sealed: int = 0
 
-    @property
-    def context(self) -> int:
-        """Sum over its tokens of the tokens that each attends to, itself included."""
-        return self.count * self.start + self.count * (self.count + 1) // 2
+
+class StepShare(NamedTuple):
+    """One sequence's seconds of a step."""
+
+    idle_s: float
+    compute_s: float
+    kv_s: float
 
 
-def split_step(parts: Sequence[StepPart], times: StepTimes, estimate: Estimate) -> list[DeviceUse]:
-    """One for each part; their total_s add up to the step's time on the device that is priced."""
-    simulated = times.simulated_s is not None
-    total_s = times.total_s if times.simulated_s is None else times.simulated_s
-    idle_s = min(times.simulated_idle_s, total_s) if simulated else 0.0
+def split_step(parts: Sequence[StepPart], times: StepTimes, estimate: Estimate) -> list[StepShare]:
+    """One for each part; all of them add up to the step's time on the device that is priced."""
+    simulated = times.simulated_s
+    total_s = times.total_s if simulated is None else simulated
+    idle_s = 0.0 if simulated is None else min(times.simulated_idle_s, total_s)
     sealed = sum(part.sealed for part in parts)
-    seal_s = min(times.seal_s, total_s) if sealed and not simulated else 0.0
-    whole, kv = _weights(parts, estimate)
+    seal_s = min(times.seal_s, total_s) if sealed and simulated is None else 0.0
+    whole, attending = _weights(parts, estimate)
     scale = (total_s - idle_s - seal_s) / sum(whole)
+    each_idle_s, each_seal_s = idle_s / len(parts), seal_s / max(1, sealed)
     return [
-        _use(
-            part,
-            idle_s / len(parts),
-            (weight - attending) * scale,
-            attending * scale + (seal_s * part.sealed / sealed if sealed else 0.0),
-        )
-        for part, weight, attending in zip(parts, whole, kv, strict=True)
+        StepShare(each_idle_s, (weight - kv) * scale, kv * scale + each_seal_s * part.sealed)
+        for part, weight, kv in zip(parts, whole, attending, strict=True)
     ]
-
-
-def _use(part: StepPart, idle_s: float, compute_s: float, kv_s: float) -> DeviceUse:
-    if part.prefill:
-        return DeviceUse(queue_s=idle_s, prefill_s=compute_s, kv_s=kv_s)
-    return DeviceUse(queue_s=idle_s, decode_s=compute_s, kv_s=kv_s)
 
 
 def _weights(parts: Sequence[StepPart], estimate: Estimate) -> tuple[list[float], list[float]]:
     """(whole, attending) of each part; by tokens if the estimate gives all of them nothing."""
-    attending = [estimate.context_token_s * part.context for part in parts]
-    whole = [
-        estimate.base_s / len(parts)
-        + (estimate.prefill_token_s if part.count > 1 else estimate.decode_token_s) * part.count
-        + kv
-        for part, kv in zip(parts, attending, strict=True)
-    ]
+    base, prefill = estimate.base_s / len(parts), estimate.prefill_token_s
+    decode, context = estimate.decode_token_s, estimate.context_token_s
+    whole, attending = [], []
+    for start, count, _, _ in parts:
+        # Each token attends to all before it and to itself.
+        kv = context * (count * start + count * (count + 1) // 2)
+        attending.append(kv)
+        whole.append(base + (prefill * count if count > 1 else decode) + kv)
     if sum(whole) > 0:
         return whole, attending
-    return [float(part.count) for part in parts], [0.0] * len(parts)
+    return [float(part.tokens) for part in parts], [0.0] * len(parts)
 
 
 def split_gap(waiting_since: Sequence[float], free_since: float, now: float) -> list[float]:
@@ -99,14 +84,16 @@ def split_gap(waiting_since: Sequence[float], free_since: float, now: float) -> 
     waiting_since: at least one. They add up to the time in which it was free and any waited.
     """
     waited = [now - max(free_since, since) for since in waiting_since]
-    gap_s, total = max(waited), sum(waited)
-    return [gap_s * each / total if total > 0 else 0.0 for each in waited]
+    total = sum(waited)
+    scale = max(waited) / total if total > 0 else 0.0
+    return [each * scale for each in waited]
 
 
 class Metered(Protocol):
     """What a meter charges: a sequence. waiting_since: when it came, on the meter's clock."""
 
-    use: DeviceUse
+    @property
+    def use(self) -> DeviceUse: ...
 
     @property
     def waiting_since(self) -> float: ...
@@ -130,7 +117,8 @@ class DeviceMeter:
             return
         gaps = split_gap([each.waiting_since for each in waiting], self._free_since, now)
         for each, seconds in zip(waiting, gaps, strict=True):
-            self._charge(each, DeviceUse(queue_s=seconds))
+            each.use.queue_s += seconds
+        self.busy_s += sum(gaps)
 
     def end(
         self,
@@ -140,15 +128,18 @@ class DeviceMeter:
         now: float,
     ) -> None:
         """The step is over, with what it did for each."""
-        uses = split_step([part for _, part in parts], times, estimate)
-        for (each, _), use in zip(parts, uses, strict=True):
-            self._charge(each, use)
+        shares = split_step([part for _, part in parts], times, estimate)
+        for (each, part), (idle_s, compute_s, kv_s) in zip(parts, shares, strict=True):
+            use = each.use
+            use.queue_s += idle_s
+            use.kv_s += kv_s
+            if part.prefill:
+                use.prefill_s += compute_s
+            else:
+                use.decode_s += compute_s
+            self.busy_s += idle_s + compute_s + kv_s
         self._free_since = now
 
     def failed(self, now: float) -> None:
         """The step came to nothing: nobody is charged for it."""
         self._free_since = now
-
-    def _charge(self, each: Metered, use: DeviceUse) -> None:
-        each.use += use
-        self.busy_s += use.total_s

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
-from kvmesh.backends.base import BlockPool, Estimate, Model, Segment
+from kvmesh.backends.base import BlockPool, DeviceInfo, Estimate, Model, Segment
 from kvmesh.kernels.errors import BlockError
 from kvmesh.kernels.layout import BLOCK_SIZE
 from kvmesh.services.common.errors import MeshError
@@ -29,6 +29,7 @@ from kvmesh.services.worker.sequence import (
     Update,
     Work,
 )
+from kvmesh.services.worker.timeline import TransferTime
 from kvmesh.services.worker.virtual import VirtualClock
 
 logger = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ class Engine:
         self._estimate = model.estimate()
         self._estimate_at = clock()
         self._meter = DeviceMeter(model.device.simulated, clock())
-        self._virtual = VirtualClock() if model.device.simulated else None
+        self._virtual = _virtual_clock(model.device)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -308,6 +309,8 @@ class Engine:
     def _fetched(self, ticket: int, fetched: Fetched) -> None:
         sequence = self._sequences.get(ticket)
         if sequence is not None:
+            if self._virtual is not None:
+                self._virtual.arrive(sequence, fetched.num_bytes)
             self._scheduler.fetched(sequence, fetched)
 
     def idle_load(self) -> Load:
@@ -331,6 +334,12 @@ class Engine:
             estimate=self._estimate,
             counters=scheduler.counters.copy(),
         )
+
+
+def _virtual_clock(device: DeviceInfo) -> VirtualClock | None:
+    if not device.simulated:
+        return None
+    return VirtualClock(TransferTime(device.transfer_base_s, device.transfer_byte_s))
 
 
 def _part(step: Planned) -> StepPart:

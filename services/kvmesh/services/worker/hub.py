@@ -24,6 +24,7 @@ from kvmesh.services.worker.messages import (
     Receipt,
     end_update,
     load_report,
+    pairs_of,
     to_work,
     token_update,
 )
@@ -134,9 +135,7 @@ class Hub:
 
     def submit(self, session: Session, submit: worker_pb2.Submit) -> None:
         """Never raises: what is wrong with the request is its last update."""
-        context = submit.trace
-        pairs = (("traceparent", context.traceparent), ("tracestate", context.tracestate))
-        parent = extract([pair for pair in pairs if pair[1]])
+        parent = extract(pairs_of(submit.trace))
         attributes = {names.REQUEST_ID: submit.request_id}
         span = self._telemetry.start(names.SPAN_WORKER, parent, attributes)
         receipt = Receipt(next(self._tickets), time.monotonic(), inject(context_of(span)))

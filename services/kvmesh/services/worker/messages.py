@@ -11,9 +11,13 @@ from kvmesh.services.kvcache.keys import root_key
 from kvmesh.services.worker.engine import Load
 from kvmesh.services.worker.sampler import Logprob
 from kvmesh.services.worker.sequence import Finish, Sequence, Update, Work
+from kvmesh.services.worker.timeline import SimulatedTrace, TransferTime
 from kvmesh.v1 import common_pb2, inference_pb2, worker_pb2
 
 MAX_REQUEST_ID_BYTES = 128
+MAX_START_NS = 1 << 62  # of a simulated trace: the year 2116
+MAX_TRANSFER_BASE_S = 3600.0
+MAX_TRANSFER_BYTE_S = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,36 @@ def to_work(submit: worker_pb2.Submit, spec: ModelSpec, receipt: Receipt) -> Wor
         shards=tuple(submit.shard_addresses),
         tail_address=submit.tail_address,
         trace=receipt.trace,
+        simulated=_simulated_trace(submit),
+        source=_source(submit),
     )
+
+
+def _simulated_trace(submit: worker_pb2.Submit) -> SimulatedTrace | None:
+    if not submit.HasField("simulated"):
+        return None
+    start_ns = submit.simulated.start_ns
+    if start_ns > MAX_START_NS:
+        raise InvalidRequest(f"simulated.start_ns is {start_ns}, must be at most {MAX_START_NS}")
+    return SimulatedTrace(pairs_of(submit.simulated.context), submit.simulated.start_ns)
+
+
+def _source(submit: worker_pb2.Submit) -> TransferTime:
+    source = submit.source
+    limits = (
+        ("base_s", source.base_s, MAX_TRANSFER_BASE_S),
+        ("byte_s", source.byte_s, MAX_TRANSFER_BYTE_S),
+    )
+    for name, value, limit in limits:
+        if not 0 <= value <= limit:  # nor not a number
+            raise InvalidRequest(f"source.{name} is {value}, must be in [0, {limit:g}]")
+    return TransferTime(source.base_s, source.byte_s)
+
+
+def pairs_of(context: common_pb2.TraceContext) -> tuple[tuple[str, str], ...]:
+    """As call metadata has them."""
+    pairs = (("traceparent", context.traceparent), ("tracestate", context.tracestate))
+    return tuple(pair for pair in pairs if pair[1])
 
 
 def _check_addresses(submit: worker_pb2.Submit) -> None:

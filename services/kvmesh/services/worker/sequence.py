@@ -19,7 +19,7 @@ from kvmesh.services.kvcache.keys import block_keys, child_key
 from kvmesh.services.worker.constraint import OutputMatcher
 from kvmesh.services.worker.device_use import DeviceUse
 from kvmesh.services.worker.sampler import Choice, Logprob, TokenHistory
-from kvmesh.services.worker.timeline import SimulatedTimes, Timeline
+from kvmesh.services.worker.timeline import SimulatedTimes, SimulatedTrace, Timeline, TransferTime
 
 
 class State(Enum):
@@ -57,6 +57,7 @@ class Work:
     trace: W3C context of its span.
     matcher: what the settings' constraint allows after the output so far; its sequence owns it.
     keys: of the first full blocks, where the submitter has worked them out; the rest are here.
+    simulated, source: for a simulated device: its trace, and how fast its KV comes from another.
     """
 
     ticket: int
@@ -73,6 +74,8 @@ class Work:
     trace: tuple[tuple[str, str], ...] = ()
     matcher: OutputMatcher | None = None
     keys: tuple[bytes, ...] = ()
+    simulated: SimulatedTrace | None = None
+    source: TransferTime = field(default_factory=TransferTime)
 
     @property
     def is_new(self) -> bool:
@@ -100,6 +103,11 @@ class Fetched:
 
     blocks: dict[int, bytes] = field(default_factory=dict)
     tail: Tail | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        tail = len(self.tail.data) if self.tail is not None else 0
+        return tail + sum(len(data) for data in self.blocks.values())
 
 
 @dataclass(slots=True)  # not frozen: one is made for every token, and that takes a third

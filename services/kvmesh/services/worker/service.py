@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import grpc
 
-from kvmesh.backends.base import Model, ModelOptions
+from kvmesh.backends.base import Model, ModelOptions, Simulation
 from kvmesh.backends.errors import BackendError, CheckpointError
 from kvmesh.backends.registry import open_model
 from kvmesh.services.common.checkpoint import checkpoint_path
@@ -64,6 +64,7 @@ def open_configured(config: MeshConfig, worker: WorkerConfig) -> Model:
         max_step_tokens=worker.step_tokens,
         threads=worker.threads,
         spin=worker.spin,
+        simulation=Simulation(**worker.simulate.model_dump()),
     )
     try:
         model = open_model(worker.backend, checkpoint_path(config.model), options)
@@ -197,6 +198,8 @@ class WorkerService:
             devices=model.device.count,
             price_usd_h=price_usd_h,
             price_source=price_source,
+            transfer_base_s=model.device.transfer_base_s,
+            transfer_byte_s=model.device.transfer_byte_s,
         )
         link = Link(self._context.mesh_address, self._context.security)
         self._lease = MembershipLease(link, member, self._deadlines)

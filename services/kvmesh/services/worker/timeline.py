@@ -37,6 +37,32 @@ class Timeline:
             self.mark_every *= 2
 
 
+@dataclass(frozen=True, slots=True)
+class SimulatedTrace:
+    """The trace that a request has by its simulated devices' clocks.
+
+    parent: W3C context of its root. start_ns: Unix time there of the stay on this worker.
+    """
+
+    parent: tuple[tuple[str, str], ...]
+    start_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class TransferTime:
+    """Seconds to move KV from one simulated device: once, and for each byte."""
+
+    base_s: float = 0.0
+    byte_s: float = 0.0
+
+    def seconds(self, num_bytes: int) -> float:
+        return self.base_s + self.byte_s * num_bytes if num_bytes else 0.0
+
+    def joined(self, other: "TransferTime") -> "TransferTime":
+        """Between two devices: the slower of both sets the pace."""
+        return TransferTime(max(self.base_s, other.base_s), max(self.byte_s, other.byte_s))
+
+
 @dataclass(slots=True)
 class SimulatedTimes:
     """A sequence by its simulated device's clock, which is not that of any other timeline.

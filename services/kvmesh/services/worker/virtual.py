@@ -9,18 +9,20 @@ from collections.abc import Iterable
 
 from kvmesh.services.worker.limits import Planned
 from kvmesh.services.worker.sequence import Sequence
-from kvmesh.services.worker.timeline import SimulatedTimes, Timeline
+from kvmesh.services.worker.timeline import SimulatedTimes, Timeline, TransferTime
 
 
 class VirtualClock:
-    """now: seconds of all steps of one simulated device."""
+    """now: seconds of all steps of one simulated device. transfer: of KV to it."""
 
-    def __init__(self) -> None:
+    def __init__(self, transfer: TransferTime) -> None:
         self.now = 0.0
+        self._transfer = transfer
 
-    def arrive(self, sequence: Sequence, transfer_s: float = 0.0, num_bytes: int = 0) -> None:
-        """It came, or what it waited for did; transfer_s: how long that took on the way."""
-        sequence.simulated = SimulatedTimes(Timeline(self.now), transfer_s, num_bytes)
+    def arrive(self, sequence: Sequence, num_bytes: int = 0) -> None:
+        """It came, or the bytes of KV that it waited for did."""
+        seconds = self._transfer.joined(sequence.work.source).seconds(num_bytes)
+        sequence.simulated = SimulatedTimes(Timeline(self.now), seconds, num_bytes)
 
     def step(self, plan: Iterable[Planned], seconds: float) -> None:
         """A step ran. Before its results are taken: `generated` is still without them."""
