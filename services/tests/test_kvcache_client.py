@@ -1,6 +1,7 @@
 """The client over several real shards: replicas, dead shards, corrupt blocks, leases."""
 
 import asyncio
+import gc
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -288,6 +289,22 @@ async def test_cancelling_a_fetch_reaches_the_shard(caplog: pytest.LogCaptureFix
             await task
         assert caplog.text == "", "the shard is not to blame"
         await asyncio.wait_for(stalling.ended.wait(), TIMEOUT)
+
+
+async def test_a_fetch_cancelled_before_its_first_call_leaves_nothing() -> None:
+    """A warning that a coroutine was never awaited would fail this test."""
+    async with mesh(1) as shards:
+        client = shards.client()
+
+        async def cancelled() -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            asyncio.get_running_loop().call_soon(task.cancel)
+            await client.fetch(keys_of(chain(2)), shards.addresses)
+
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.create_task(cancelled())
+        gc.collect()
 
 
 async def test_a_link_that_is_dropped_under_a_call_is_a_failed_shard() -> None:

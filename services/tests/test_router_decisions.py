@@ -101,6 +101,34 @@ class TestMembership:
         mesh.register(member("worker-2"), 0.0)
         mesh.register(member("kvcache-0", kind="kvcache"), 0.0)
 
+    def test_a_life_keeps_its_kind_role_and_address(self) -> None:
+        """What was made for the member when it joined would be left behind."""
+        mesh = Membership(3.0)
+        mesh.register(member("a", kind="tokenizer"), 0.0)
+        moved = member("a", kind="tokenizer")
+        moved.address = "127.0.0.1:2"
+        for other in (member("a", kind="kvcache"), member("a"), moved):
+            with pytest.raises(InvalidRequest, match=r"127\.0\.0\.1:1.*incarnation"):
+                mesh.register(other, 1.0)
+        assert mesh.register(member("a", kind="tokenizer"), 2.0).fresh is False
+        moved.incarnation = 2
+        assert mesh.register(moved, 3.0).fresh
+
+    @pytest.mark.parametrize(
+        "address",
+        ["", " ", "127.0.0.1", "127.0.0.1:", ":1", "127.0.0.1:0", "127.0.0.1:99999", "unix:/x:1",
+         "dns:///a:1", "a b:1", "[::1:5", "a\x00:1", "é:1", "a" * 254 + ":1"],
+    )  # fmt: skip
+    def test_an_address_is_a_host_and_a_port(self, address: str) -> None:
+        mesh = Membership(3.0)
+        broken = member("a", kind="tokenizer")
+        broken.address = address
+        with pytest.raises(InvalidRequest, match="address"):
+            mesh.register(broken, 0.0)
+        for right in ("localhost:1", "10.0.0.1:65535", "[::1]:50051", "a-b.example.com:80"):
+            broken.address, broken.incarnation = right, broken.incarnation + 1
+            mesh.register(broken, 0.0)
+
     def test_malformed_members_are_refused(self) -> None:
         mesh = Membership(3.0)
         for broken in (

@@ -162,6 +162,8 @@ async def test_a_full_queue_refuses() -> None:
         ([1, 2], {"num_prompt_tokens": 3}, "num_prompt_tokens is 3, must be in 1..2"),
         ([1], {"sampling": {"temperature": -1}}, "temperature is -1"),
         ([1], {"sampling": {"max_tokens": 0}}, "max_tokens is 0"),
+        ([1], {"shard_addresses": ["127.0.0.1:1", "unix:/x"]}, "'unix:/x' must be host:port"),
+        ([1], {"tail_address": "a"}, "'a' must be host:port"),
     ],
 )
 async def test_what_can_never_run_is_an_invalid_argument(

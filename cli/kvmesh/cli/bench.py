@@ -10,7 +10,9 @@ from kvmesh.cli.bench_codec import codec
 from kvmesh.cli.bench_cost import cost
 from kvmesh.cli.bench_edge import edge
 from kvmesh.cli.bench_kernels import kernels
+from kvmesh.cli.bench_mlperf import mlperf
 from kvmesh.cli.bench_serve import serve
+from kvmesh.cli.bench_simulate import simulate
 from kvmesh.cli.bench_spans import spans
 from kvmesh.cli.options import ConfigFile, Json, command
 from kvmesh.cli.progress import progress_bar
@@ -112,6 +114,8 @@ app.command()(mesh)
 app.command()(codec)
 app.command()(kernels)
 app.command()(serve)
+app.command()(mlperf)
 app.command()(cost)
 app.command()(edge)
+app.command()(simulate)
 app.command()(spans)

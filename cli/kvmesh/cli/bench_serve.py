@@ -3,7 +3,7 @@
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,60 +11,14 @@ from typer import Option
 
 from kvmesh.cli.connect import resolve
 from kvmesh.cli.errors import FAILED, USAGE, CommandFailed
+from kvmesh.cli.load import Arrivals, Goals, Lengths, how_it_comes, limits_of, load_of
 from kvmesh.cli.options import Json, Target, command
 from kvmesh.cli.progress import progress_bar
 from kvmesh.cli.render import console, milliseconds, print_json, print_table
 
 if TYPE_CHECKING:
     from kvmesh.integration.bench_serve import Driven, ServePlan
-    from kvmesh.integration.serve_report import Limits, Report, Spread
-    from kvmesh.integration.workload import Workload
-
-
-@dataclass(frozen=True)
-class Arrivals:
-    """When requests come: closed loop unless a rate or a trace is given."""
-
-    concurrency: Annotated[
-        int | None,
-        Option(min=1, help="Closed loop: so many in flight [default: 8].", show_default=False),
-    ] = None
-    rate: Annotated[
-        float | None, Option(min=0.001, help="Poisson: requests per second on average.")
-    ] = None
-    trace: Annotated[
-        Path | None,
-        Option(help="Requests of a Mooncake trace, at their times.", dir_okay=False),
-    ] = None
-    scale: Annotated[float, Option(help="Trace: lengths times this.")] = 1.0
-    speed: Annotated[float, Option(help="Trace: that many times as fast.")] = 1.0
-    requests: Annotated[
-        int | None,
-        Option(min=1, help="How many [default: 64, of a trace all].", show_default=False),
-    ] = None
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Of requests that come from no trace."""
-
-    prompt_tokens: Annotated[int, Option(min=1, help="Of each prompt.")] = 128
-    output_tokens: Annotated[int, Option(min=1, help="Of each output.")] = 64
-    shared_tokens: Annotated[
-        int, Option(min=0, help="Of each prompt, at its beginning, shared with others.")
-    ] = 0
-    prefixes: Annotated[int, Option(min=1, help="Different shared beginnings.")] = 1
-    seed: Annotated[int, Option(help="Of prompts and arrivals.")] = 1
-
-
-@dataclass(frozen=True)
-class Goals:
-    """Milliseconds that a request may take to count for the goodput."""
-
-    ttft_ms: Annotated[float | None, Option(min=0, help="Limit of the time to first token.")] = None
-    tpot_ms: Annotated[float | None, Option(min=0, help="Limit of the time per token.")] = None
-    itl_ms: Annotated[float | None, Option(min=0, help="Limit of the longest gap.")] = None
-    latency_ms: Annotated[float | None, Option(min=0, help="Limit of the whole request.")] = None
+    from kvmesh.integration.serve_report import Report, Spread
 
 
 Own = Annotated[
@@ -90,13 +44,13 @@ async def serve(
     from kvmesh.integration.bench_serve import ServePlan
     from kvmesh.integration.serve_report import report
 
-    load = _load(arrivals, lengths)
+    load = load_of(arrivals, lengths)
     closed = arrivals.rate is None and (arrivals.trace is None or arrivals.concurrency is not None)
     concurrency = (arrivals.concurrency or 8) if closed else None
     salt = "" if warm else secrets.token_hex(8)
     plan = ServePlan(load, concurrency, lengths.seed, salt)
     driven = await _drive(plan, target, own, hidden=json)
-    result = report(driven.results, _limits(goals))
+    result = report(driven.results, limits_of(goals))
     asked = {**asdict(arrivals), **asdict(lengths), **asdict(goals), "concurrency": concurrency}
     asked["trace"] = str(arrivals.trace) if arrivals.trace is not None else None
     if json:
@@ -109,38 +63,6 @@ async def serve(
             f"{next(r.error for r in driven.results if r.error)}",
             FAILED,
         )
-
-
-def _load(arrivals: Arrivals, lengths: Lengths) -> "Workload":
-    """Raises CommandFailed (2) for what cannot be."""
-    from kvmesh.integration.workload import (
-        Shape,
-        closed_loop_load,
-        poisson_load,
-        read_trace,
-        scaled,
-    )
-
-    if arrivals.trace is not None and arrivals.rate is not None:
-        raise CommandFailed("--trace has its own arrivals; give --trace or --rate, not both", USAGE)
-    if arrivals.rate is not None and arrivals.concurrency is not None:
-        raise CommandFailed("--rate is an open loop; give --rate or --concurrency, not both", USAGE)
-    try:
-        if arrivals.trace is not None:
-            with arrivals.trace.open() as lines:
-                load = read_trace(lines, arrivals.trace.name, arrivals.requests)
-            return scaled(load, arrivals.scale, arrivals.speed)
-        shape = Shape(
-            lengths.prompt_tokens, lengths.output_tokens, lengths.shared_tokens, lengths.prefixes
-        )
-        count = arrivals.requests or 64
-        if arrivals.rate is not None:
-            return poisson_load(shape, arrivals.rate, count, lengths.seed)
-        return closed_loop_load(shape, count, lengths.seed)
-    except OSError as error:
-        raise CommandFailed(f"cannot read {arrivals.trace}: {error.strerror}", USAGE) from error
-    except ValueError as error:
-        raise CommandFailed(str(error), USAGE) from error
 
 
 async def _drive(plan: "ServePlan", target: Target, own: bool, hidden: bool) -> "Driven":
@@ -184,20 +106,6 @@ def _progress(hidden: bool) -> Iterator[_Bar]:
         yield bar
 
 
-def _limits(goals: Goals) -> "Limits":
-    from kvmesh.integration.serve_report import Limits
-
-    def seconds(milliseconds: float | None) -> float | None:
-        return milliseconds / 1000 if milliseconds is not None else None
-
-    return Limits(
-        ttft_s=seconds(goals.ttft_ms),
-        tpot_s=seconds(goals.tpot_ms),
-        itl_s=seconds(goals.itl_ms),
-        duration_s=seconds(goals.latency_ms),
-    )
-
-
 def _record(asked: dict[str, Any], driven: "Driven", result: "Report") -> dict[str, Any]:
     from kvmesh.integration.machine import describe_machine
 
@@ -222,7 +130,7 @@ def _show(asked: dict[str, Any], driven: "Driven", result: "Report") -> None:
         f"{describe_machine()}; {driven.model.name}, codec {driven.model.format.codec}{clock}",
         markup=False,
     )
-    out.print(f"{_how(asked)}; {result.requests} requests in {result.seconds:.1f} s\n")
+    out.print(f"{how_it_comes(asked)}; {result.requests} requests in {result.seconds:.1f} s\n")
     rows: list[tuple[str, Spread]] = [
         ("TTFT", result.ttft),
         ("TPOT", result.tpot),
@@ -236,17 +144,6 @@ def _show(asked: dict[str, Any], driven: "Driven", result: "Report") -> None:
     out.print()
     for line in _sums(asked, driven, result):
         out.print(line, markup=False)
-
-
-def _how(asked: dict[str, Any]) -> str:
-    if asked["trace"] is not None:
-        how = f"trace {Path(asked['trace']).name}, scale {asked['scale']:g}"
-        if asked["concurrency"] is None:
-            return f"{how}, speed {asked['speed']:g}"
-        return f"{how}, {asked['concurrency']} in flight"
-    if asked["rate"] is not None:
-        return f"Poisson, {asked['rate']:g} requests/s"
-    return f"closed loop, {asked['concurrency']} in flight"
 
 
 def _sums(asked: dict[str, Any], driven: "Driven", result: "Report") -> Iterator[str]:

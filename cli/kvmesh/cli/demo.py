@@ -1,10 +1,12 @@
 """`kvmesh demo`: a whole mesh on this machine for one minute, and what it is good for.
 
 A document hides some facts; two questions are asked about it. The answers cannot be guessed, and
-the second question finds the document in the cache.
+the second question finds the document in the cache. In a terminal the mesh then goes on serving.
 """
 
+import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,13 +23,25 @@ from kvmesh.cli.up import show_progress
 
 if TYPE_CHECKING:
     from kvmesh.client import Answer, AsyncClient
+    from kvmesh.integration.launch import Mesh
+    from kvmesh.services.common.config import MeshConfig
     from kvmesh.services.traces.tree import Row
     from kvmesh.v1 import inference_pb2
 
 NUM_FACTS = 4
 READY_S = 180.0
+SETTLE_S = 2.0  # longer than a span waits to be sent, and to be written
+SPANS_S = 15.0
 
 Tokens = Annotated[int, typer.Option(min=256, max=4096, help="Length of the document.")]
+Keep = Annotated[
+    bool | None,
+    typer.Option(
+        "--keep/--no-keep",
+        help="Go on serving until Ctrl-C, or end. In a terminal it goes on.",
+        show_default=False,
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, max=(1 << 40) - 1, help="Another document.")]
 # A seed of the evaluation, so the model never saw this document in training.
 DEMO_SEED = 7
@@ -58,22 +72,53 @@ class Turn:
 
 
 @command
-async def demo(tokens: Tokens = 1024, seed: Seed = DEMO_SEED, json: Json = False) -> None:
+async def demo(
+    tokens: Tokens = 1024, seed: Seed = DEMO_SEED, keep: Keep = None, json: Json = False
+) -> None:
     """Start a mesh, ask it two questions about a document, and show where the time went."""
     import tempfile
 
+    from kvmesh.integration.launch import running_mesh
     from kvmesh.integration.launch_state import traces_path
     from kvmesh.services.common.config import MeshConfig, RouterConfig
-    from kvmesh.services.traces.store import SpanReader
-    from kvmesh.services.traces.tree import waterfall
 
     config = MeshConfig(router=RouterConfig(port=0))
     questions = make_questions(seed, tokens, token_counter(config.model))
+    stays = sys.stdin.isatty() and sys.stdout.isatty() if keep is None else keep
+    stays = stays and not json
     with tempfile.TemporaryDirectory(prefix="kvmesh-demo-") as folder:
-        turns = await _in_mesh(config, Path(folder), questions, json)
-        # Read when the members have ended, and so have written their last spans.
-        with SpanReader(traces_path(Path(folder))) as reader:
-            rows = waterfall(reader.spans(turns[0].trace_id))
+        store = traces_path(Path(folder))
+        async with running_mesh(config, Path(folder)) as mesh:
+            turns = await _in_mesh(mesh, questions, json)
+            if stays:
+                ok = _report(turns, await _settled_rows(store, turns[0].trace_id), json)
+                await _keep_serving(mesh, store)
+        if not stays:
+            # Read when the members have ended, and so have written their last spans.
+            ok = _report(turns, _rows(store, turns[0].trace_id), json)
+    if not stays and not json:
+        _what_next(config)
+    if not ok:
+        raise typer.Exit(FAILED)
+
+
+async def _in_mesh(mesh: "Mesh", questions: list[Question], quiet: bool) -> list[Turn]:
+    from kvmesh.client import AsyncClient
+
+    async with show_progress(mesh):
+        await mesh.wait_ready(READY_S)
+    async with AsyncClient(mesh.public_address, mesh.security) as client:
+        if not quiet:
+            console().print(
+                f"[bold]{len(mesh.pids)} processes[/bold] serve "
+                f"{mesh.config.model.name} at {mesh.public_address} (gRPC) and "
+                f"{mesh.http_url}/v1 (OpenAI's API)\n"
+            )
+        return [await _ask(client, question, quiet) for question in questions]
+
+
+def _report(turns: list[Turn], rows: "list[Row]", json: bool) -> bool:
+    """Whether all went as it should."""
     hit = turns[1].cached_tokens * 2 >= turns[1].prompt_tokens
     ok = hit and all(turn.right for turn in turns)
     if json:
@@ -81,27 +126,66 @@ async def demo(tokens: Tokens = 1024, seed: Seed = DEMO_SEED, json: Json = False
         print_json({"ok": ok, "turns": [asdict(turn) for turn in turns], "trace": spans})
     else:
         _summary(turns, rows, hit)
-    if not ok:
-        raise typer.Exit(FAILED)
+    return ok
 
 
-async def _in_mesh(
-    config: Any, run_dir: Path, questions: list[Question], quiet: bool
-) -> list[Turn]:
-    from kvmesh.client import AsyncClient
-    from kvmesh.integration.launch import running_mesh
+def _rows(store: Path, trace_id: str) -> "list[Row]":
+    from kvmesh.services.traces.store import SpanReader
+    from kvmesh.services.traces.tree import waterfall
 
-    async with running_mesh(config, run_dir) as mesh:
-        async with show_progress(mesh):
-            await mesh.wait_ready(READY_S)
-        async with AsyncClient(mesh.public_address, mesh.security) as client:
-            if not quiet:
-                console().print(
-                    f"[bold]{len(mesh.pids)} processes[/bold] serve "
-                    f"{config.model.name} at {mesh.public_address} (gRPC) and "
-                    f"{mesh.http_url}/v1 (OpenAI's API)\n"
-                )
-            return [await _ask(client, question, quiet) for question in questions]
+    with SpanReader(store) as reader:
+        return waterfall(reader.spans(trace_id))
+
+
+async def _settled_rows(store: Path, trace_id: str) -> "list[Row]":
+    """Once no more spans have come for a while: the processes still run, and send theirs late."""
+    import asyncio
+
+    rows = _rows(store, trace_id)
+    started = changed = time.monotonic()
+    while time.monotonic() < min(changed + SETTLE_S, started + SPANS_S):
+        await asyncio.sleep(0.2)
+        now = _rows(store, trace_id)
+        if len(now) != len(rows) or not now:
+            rows, changed = now, time.monotonic()
+    return rows
+
+
+async def _keep_serving(mesh: "Mesh", store: Path) -> None:
+    """The mesh and the page of its traces, until Ctrl-C."""
+    import asyncio
+
+    from kvmesh.cli.trace_ui import DEFAULT_PORT
+    from kvmesh.integration.trace_page import serve_page
+    from kvmesh.services.common.errors import ConfigError
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+
+    def started(url: str) -> None:
+        console().print(
+            f"\nstill serving, until Ctrl-C:\n  traces  [bold]{url}[/bold]\n"
+            f"  edge    [bold]{mesh.http_url}/v1[/bold] (OpenAI's API)\n"
+            f"  mesh    [bold]{mesh.public_address}[/bold] (gRPC)"
+        )
+
+    try:
+        await serve_page(store, DEFAULT_PORT, started, stop)
+    except ConfigError:  # somebody looks at another mesh's traces there
+        await serve_page(store, 0, started, stop)
+
+
+def _what_next(config: "MeshConfig") -> None:
+    from kvmesh.cli.trace_ui import DEFAULT_PORT
+    from kvmesh.services.gateway.transport import DEFAULT_PORT as HTTP_PORT
+
+    console().print(
+        "\nthe demo's mesh has ended; one that stays:\n"
+        f"  kvmesh up --detach   the edge, http://{config.host}:{HTTP_PORT}/v1 (OpenAI's API)\n"
+        f"  kvmesh trace ui      its traces, http://127.0.0.1:{DEFAULT_PORT}/"
+    )
 
 
 async def _ask(client: "AsyncClient", question: Question, quiet: bool) -> Turn:

@@ -11,6 +11,7 @@ from kvmesh.cli.doctor import doctor
 from kvmesh.cli.generate import generate
 from kvmesh.cli.route import route
 from kvmesh.cli.serve import serve
+from kvmesh.cli.simulate import simulate
 from kvmesh.cli.status import models, status
 from kvmesh.cli.top import top
 from kvmesh.cli.up import down, up
@@ -40,7 +41,7 @@ def _options(
     pass
 
 
-for command in (up, down, status, top, generate, chat, route, models, doctor, demo):
+for command in (up, down, status, top, generate, chat, route, models, doctor, demo, simulate):
     app.command()(command)
 app.command(hidden=True)(serve)
 app.add_typer(kv.app, name="kv")

@@ -1,7 +1,9 @@
 """Serves the tracing page of one store on loopback."""
 
+import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import uvicorn
@@ -12,8 +14,20 @@ from kvmesh.services.traces.web import trace_app
 LOOPBACK = "127.0.0.1"
 
 
-async def serve_page(store: Path, port: int, started: Callable[[str], None]) -> None:
-    """Until SIGINT or SIGTERM. started: called with the URL when it listens.
+class _Server(uvicorn.Server):
+    """Signals are the business of who runs it."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve_page(
+    store: Path, port: int, started: Callable[[str], None], stop: asyncio.Event | None = None
+) -> None:
+    """Until `stop`, or without one until SIGINT or SIGTERM.
+
+    started: called with the URL when it listens.
 
     Raises ConfigError if the port is taken.
     """
@@ -28,4 +42,11 @@ async def serve_page(store: Path, port: int, started: Callable[[str], None]) -> 
         listener.listen(64)
         config = uvicorn.Config(trace_app(store), log_level="warning", lifespan="off")
         started(f"http://{LOOPBACK}:{listener.getsockname()[1]}/")
-        await uvicorn.Server(config).serve(sockets=[listener])
+        if stop is None:
+            await uvicorn.Server(config).serve(sockets=[listener])
+            return
+        server = _Server(config)
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        await stop.wait()
+        server.should_exit = True
+        await task

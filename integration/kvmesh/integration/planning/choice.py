@@ -23,7 +23,7 @@ from kvmesh.services.common.errors import ConfigError
 # acceptance lengths of three models that think (SPEED-Bench coding).
 ACCEPTANCE = (0.79, 0.61, 0.46)
 MOST_DRAFTS = len(ACCEPTANCE)
-_DEGREES = re.compile(r"(tp|pp|ep|dep|dp|mtp|p)(\d+)")
+DEGREES = re.compile(r"(tp|pp|ep|dep|dp|mtp|p)(\d+)")
 
 
 class ChoiceError(ConfigError):
@@ -74,7 +74,7 @@ def read_choice(text: str, folder: Path | None = None) -> Choice:
         device,
         price_of(device, parts.price, parts.per_hour),
         Formats(weights, parts.kv, attention),
-        _layout(parts.degrees, text),
+        layout_of(parts.degrees, text),
         drafts,
         Parallel(tensor=parts.degrees.get("p", 1)) if parts.disagg else None,
     )
@@ -87,7 +87,7 @@ def default_weights(device: Device) -> str:
 
 def _take(part: str, parts: _Parts, text: str) -> None:
     key, _, value = part.partition("=")
-    degree = _DEGREES.fullmatch(part)
+    degree = DEGREES.fullmatch(part)
     if degree:
         parts.degrees[degree[1]] = int(degree[2])
     elif part in WEIGHT_BYTES:
@@ -117,7 +117,8 @@ def _take_price(value: str, parts: _Parts, text: str) -> None:
         raise ChoiceError(f"{text}: price is {value}, must be at least 0 dollars per hour")
 
 
-def _layout(degrees: dict[str, int], text: str) -> Parallel | None:
+def layout_of(degrees: dict[str, int], text: str) -> Parallel | None:
+    """Raises ChoiceError, which begins with `text`; None where no degree is named."""
     if not degrees.keys() & {"tp", "pp", "ep", "dep", "dp"}:
         return None
     if "dep" in degrees and degrees.keys() & {"dp", "ep"}:

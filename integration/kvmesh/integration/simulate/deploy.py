@@ -1,5 +1,6 @@
 """From a scenario to what each worker is: its clockwork, its memory, its limits, its links."""
 
+import math
 from dataclasses import dataclass
 
 from kvmesh.backends.base import Estimate
@@ -7,7 +8,6 @@ from kvmesh.backends.cost.estimate import linear_estimate
 from kvmesh.backends.cost.memory import plan_memory
 from kvmesh.backends.cost.parallel import Options, Parallel
 from kvmesh.backends.cost.step import StepCost
-from kvmesh.backends.devices.device import Device
 from kvmesh.integration.simulate.scenario import Scenario, ScenarioError, WorkerPool
 from kvmesh.integration.simulate.timing import CostTimer, EstimateTimer, StepTimer
 from kvmesh.kernels.layout import BLOCK_SIZE
@@ -27,7 +27,7 @@ class Deployed:
     """
 
     pool: WorkerPool
-    device: Device
+    device: str
     timer: StepTimer
     estimate: Estimate
     limits: Limits
@@ -53,14 +53,15 @@ def deploy(scenario: Scenario) -> tuple[Deployed, ...]:
 
 
 def _deploy_pool(scenario: Scenario, pool: WorkerPool, bandwidth: float) -> Deployed:
-    options, device, parallel = scenario.options, scenario.device_of(pool), pool.parallel
+    options, parallel = scenario.options, pool.parallel
+    device = scenario.device_name(pool)
     drafts = 0 if pool.role == "prefill" else len(options.acceptance)
     timer, estimate = _clockwork(scenario, pool, drafts)
     lanes = parallel.pipeline
     blocks = scenario.kv_blocks or _blocks(scenario, pool, bool(drafts)) // lanes
     if blocks < 1:
         raise ScenarioError(
-            f"KV memory of {scenario.model.name} on a {device.name} holds no block of {BLOCK_SIZE} "
+            f"KV memory of {scenario.model.name} on a {device} holds no block of {BLOCK_SIZE} "
             f"tokens for each of {lanes} stages; take more devices per worker"
         )
     limits = Limits(
@@ -119,6 +120,8 @@ def _shards(scenario: Scenario, parallel: Parallel) -> int:
 def handover_link(scenario: Scenario) -> tuple[float, float]:
     """(bytes/s of a device, seconds of latency) that K and V are handed over with."""
     device = scenario.device
+    if device is None:
+        return scenario.transfer_bytes_s or math.inf, 0.0
     link = scenario.link or ("scale-up" if scenario.devices <= device.domain else "scale-out")
     chosen = device.scale_up if link == "scale-up" else device.scale_out
     latency = chosen.latency_s.value if chosen.latency_s else 0.0

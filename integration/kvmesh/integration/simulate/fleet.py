@@ -79,7 +79,7 @@ class SimFleet:
             role=deployed.pool.role,
             address=name,
             model=inference_pb2.ModelInfo(max_context=deployed.limits.max_context),
-            device=deployed.device.name,
+            device=deployed.device,
             simulated=True,
         )
         core = self.core

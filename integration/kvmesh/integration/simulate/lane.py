@@ -102,11 +102,7 @@ class Lane:
         for rank, plan, counts in zip(self.ranks, run.plans, run.counts, strict=True):
             if not plan:
                 continue
-            if run.steps == 1 and counts is None:
-                said = [_said(step) for step in plan if step.want_logits]
-                rank.apply(plan, list(said), now)
-            else:
-                _advance(rank, plan, counts, run.steps, now)
+            _advance(rank, plan, counts, run.steps, now)
             if rank.handovers():
                 rank.settle()
         return run
@@ -127,9 +123,8 @@ class Lane:
         decodes = [[step.sequence for step in plan if _decodes(step)] for plan in plans]
         if self._drafts is None or not any(decodes):
             return [None] * len(plans), steps
-        limit = self._deployed.limits.max_tokens
         computed = np.array([s.computed for each in decodes for s in each], np.int64)
-        left = np.array([s.tokens_left(limit) for each in decodes for s in each], np.int64)
+        left = np.array([s.tokens_left for each in decodes for s in each], np.int64)
         # Runs are cut short by who comes: what is drawn beyond that is wasted work.
         steps = min(steps, max(LEAST_DRAWN, 2 * self._lasted))
         counts = self._drafts.run(computed, left, steps)

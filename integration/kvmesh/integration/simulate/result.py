@@ -35,8 +35,8 @@ class Window:
 class PoolResult:
     """One pool of workers. busy: mean share of the run in which its first stages worked.
 
-    queue: at even times, over all its workers: requests waiting and running, share of KV blocks
-    that sequences hold.
+    slots: sequences that all its workers can run. queue: at even times, over all its workers:
+    requests waiting and running, share of KV blocks that sequences hold.
     """
 
     workers: tuple[str, ...]
@@ -44,6 +44,7 @@ class PoolResult:
     device: str
     devices: int
     kv_tokens_per_rank: int
+    slots: int
     busy: float
     busy_by_worker: tuple[float, ...]
     peak_kv_share: float
@@ -153,15 +154,16 @@ def _pools(scenario: Scenario, mesh: SimMesh, begin: float, end: float) -> tuple
     pools = []
     for index, (pool, names) in enumerate(zip(scenario.pools, mesh.fleet.names, strict=True)):
         deployed = mesh.fleet.deployed[index]
-        busy = tuple(mesh.fleet.busy(name) / seconds for name in names)
+        busy = tuple(float(mesh.fleet.busy(name) / seconds) for name in names)
         track = mesh.fleet.queues[index]
         pools.append(
             PoolResult(
                 workers=tuple(names),
                 role=pool.role,
-                device=deployed.device.name,
+                device=deployed.device,
                 devices=pool.devices,
                 kv_tokens_per_rank=deployed.kv_tokens,
+                slots=deployed.limits.slots * deployed.ranks * deployed.lanes * pool.workers,
                 busy=sum(busy) / len(busy),
                 busy_by_worker=busy,
                 peak_kv_share=max(track.kv_share, default=0.0),

@@ -8,6 +8,7 @@ from kvmesh.backends.architectures import ModelShape
 from kvmesh.backends.base import Estimate
 from kvmesh.backends.cost.parallel import Formats, Parallel
 from kvmesh.backends.devices.device import Device
+from kvmesh.services.common.errors import ConfigError
 
 Role = Literal["both", "prefill", "decode"]
 ROLES: tuple[Role, ...] = ("both", "prefill", "decode")
@@ -16,7 +17,7 @@ LINKS = ("scale-up", "scale-out")
 MAX_WORKERS = 4096
 
 
-class ScenarioError(ValueError):
+class ScenarioError(ConfigError):
     """A scenario that cannot be simulated; the message names the field, its value and its limit."""
 
 
@@ -122,6 +123,7 @@ class Overheads:
 class Scenario:
     """A mesh to simulate.
 
+    device: None where estimate, kv_blocks and, for a hand-over, transfer_bytes_s stand in for it.
     weights, attention_weights: formats of the weights. link: what prompts' K and V are handed over
     by, or None for scale-up if all devices stand in one domain. transfer_bytes_s: in its place, of
     each device. estimate: steps are timed by it instead of the cost model (a measured one).
@@ -130,7 +132,7 @@ class Scenario:
     """
 
     model: ModelShape
-    device: Device
+    device: Device | None
     pools: tuple[WorkerPool, ...] = (WorkerPool(),)
     options: Optimisations = field(default_factory=Optimisations)
     weights: str = "bf16"
@@ -150,6 +152,10 @@ class Scenario:
         roles = {pool.role for pool in self.pools}
         if roles == {"prefill"}:
             raise ScenarioError("every pool has role prefill; add one with role decode or both")
+        if self.device is None and (self.estimate is None or self.kv_blocks is None):
+            raise ScenarioError("device is missing; give one, or both estimate and kv_blocks")
+        if self.device is None and "prefill" in roles and self.transfer_bytes_s is None:
+            raise ScenarioError("device is missing, which a hand-over needs; give transfer_bytes_s")
         if self.link is not None and self.link not in LINKS:
             raise ScenarioError(f"link is {self.link!r}, must be one of {', '.join(LINKS)}")
         if self.transfer_bytes_s is not None and not 0 < self.transfer_bytes_s < math.inf:
@@ -177,4 +183,12 @@ class Scenario:
         return Formats(self.weights, self.options.kv, self.attention_weights)
 
     def device_of(self, pool: WorkerPool) -> Device:
-        return pool.device or self.device
+        """Raises ScenarioError if there is none."""
+        found = pool.device or self.device
+        if found is None:
+            raise ScenarioError("device is missing, which the cost of a step needs; give one")
+        return found
+
+    def device_name(self, pool: WorkerPool) -> str:
+        found = pool.device or self.device
+        return "measured" if found is None else found.name

@@ -5,8 +5,9 @@ A dead shard costs a recompute, never a request.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import grpc
@@ -168,7 +169,7 @@ class KvCacheClient:
             held[shard] = {p for p, there in zip(positions, reply.held, strict=False) if there}
 
         await _gather(
-            _tolerate(ask(shard, positions), shard, run.failed)
+            _tolerate(partial(ask, shard, positions), shard, run.failed)
             for shard, positions in groups.items()
         )
         nothing: set[int] = set()
@@ -191,7 +192,7 @@ class KvCacheClient:
                 run.corrupt += reply.status == pb.BLOCK_STATUS_CORRUPT
                 run.missing += reply.status == pb.BLOCK_STATUS_MISSING
 
-        await _tolerate(collect(), shard, run.failed)
+        await _tolerate(collect, shard, run.failed)
 
     async def _put(
         self, shard: str, blocks: Sequence[SealedBlock], failed: set[str]
@@ -203,7 +204,7 @@ class KvCacheClient:
             )
             return answer
 
-        reply = await _tolerate(send(), shard, failed)
+        reply = await _tolerate(send, shard, failed)
         for error in reply.errors if reply is not None else ():
             logger.warning("shard %s refused a block: %s", shard, error.message)
         return reply
@@ -219,7 +220,7 @@ class KvCacheClient:
                 metadata=link.metadata(),
             )
 
-        task = asyncio.create_task(_tolerate(release(), shard, set()))
+        task = asyncio.create_task(_tolerate(release, shard, set()))
         self._releases.add(task)
         task.add_done_callback(self._releases.discard)
 
@@ -237,10 +238,10 @@ async def _gather(calls: Iterable[Awaitable[T]]) -> list[T]:
     return list(await asyncio.gather(*calls))
 
 
-async def _tolerate(call: Awaitable[T], shard: str, failed: set[str]) -> T | None:
-    """Awaits `call`; None if the shard failed, which is logged and noted in `failed`."""
+async def _tolerate(call: Callable[[], Awaitable[T]], shard: str, failed: set[str]) -> T | None:
+    """Makes `call`; None if the shard failed, which is logged and noted in `failed`."""
     try:
-        return await call
+        return await call()
     except grpc.aio.AioRpcError as error:
         logger.warning("shard %s: %s", shard, from_rpc(error, error.code().name))
     except grpc.aio.UsageError as error:

@@ -174,7 +174,8 @@ class PrefixIndex:
             if not mask & bit:
                 known.blocks += 1
             masks[key] = mask & ~self._dead | bit
-            masks.move_to_end(key)
+            if mask:  # a new one is at the end already
+                masks.move_to_end(key)
         while len(masks) > self._max_entries:
             _, mask = masks.popitem(last=False)
             self._uncount(mask)

@@ -6,10 +6,12 @@ is another life of the same process: it replaces the old one at once.
 
 from dataclasses import dataclass
 
+from kvmesh.services.common.addresses import is_address
 from kvmesh.services.common.errors import Incompatible, InvalidRequest, NotFound
 from kvmesh.v1 import inference_pb2, mesh_pb2
 
 MAX_ID_BYTES = 128
+MAX_URL_CHARS = 300
 KINDS = ("worker", "kvcache", "tokenizer", "gateway")
 ROLES = ("prefill", "decode", "both")
 
@@ -59,6 +61,7 @@ class Membership:
         self._check_model(member)
         known = self._leases.get(member.member_id)
         if known is not None and known.member.incarnation == member.incarnation:
+            _check_same(known.member, member)
             known.member.CopyFrom(member)
             known.expires = now + self._lease_s
             known.draining = False
@@ -122,8 +125,7 @@ def _check(member: mesh_pb2.Member) -> None:
         raise InvalidRequest(f"member_id has {size} bytes, must have 1..{MAX_ID_BYTES}")
     if member.kind not in KINDS:
         raise InvalidRequest(f"kind is '{member.kind}', must be one of {', '.join(KINDS)}")
-    if not member.address:
-        raise InvalidRequest(f"address of {member.member_id} is empty, must be host:port")
+    _check_address(member)
     if member.incarnation == 0:
         raise InvalidRequest(f"incarnation of {member.member_id} is 0, must be > 0")
     if member.kind != "worker":
@@ -134,6 +136,26 @@ def _check(member: mesh_pb2.Member) -> None:
         raise InvalidRequest(
             f"model of {member.member_id} needs a name, max_context and vocab_size"
         )
+
+
+def _check_address(member: mesh_pb2.Member) -> None:
+    """A gateway's is a URL, which nobody in the mesh opens."""
+    if member.kind == "gateway" and 0 < len(member.address) <= MAX_URL_CHARS:
+        return
+    if not is_address(member.address):
+        shown = member.address[:MAX_URL_CHARS]
+        raise InvalidRequest(f"address of {member.member_id} is {shown!r}, must be host:port")
+
+
+def _check_same(known: mesh_pb2.Member, member: mesh_pb2.Member) -> None:
+    """What the router made for a member when it joined fits only what it was then."""
+    for name in ("kind", "role", "address"):
+        before, now = getattr(known, name), getattr(member, name)
+        if before != now:
+            raise InvalidRequest(
+                f"{member.member_id} joined as {known.kind} {known.role} at {known.address}; "
+                f"its {name} is now {now!r}, which needs another incarnation"
+            )
 
 
 def _format(model: inference_pb2.ModelInfo) -> str:

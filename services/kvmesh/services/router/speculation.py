@@ -40,7 +40,7 @@ class Speculation:
         expected = _Expected(holder, until)
         alone: tuple[_Expected, ...] = (expected,)
         # All keys at once; most prompts are long, and few of their blocks are expected already.
-        added = dict.fromkeys(keys, alone)
+        added: dict[bytes, tuple[_Expected, ...]] = dict.fromkeys(keys, alone)
         for key in self._by_key.keys() & added.keys():
             added[key] = _joined(self._by_key[key], expected, now)
         self._by_key.update(added)

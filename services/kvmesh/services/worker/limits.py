@@ -49,7 +49,7 @@ class Limits:
             )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for every token
 class Planned:
     """Tokens [start, start + count) of a sequence; with `want_logits` the next one is chosen."""
 

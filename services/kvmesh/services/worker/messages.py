@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from kvmesh.backends.base import ModelSpec
 from kvmesh.kernels.layout import BLOCK_SIZE, KvLayout
+from kvmesh.services.common.addresses import is_address
 from kvmesh.services.common.errors import InvalidRequest, MeshError, status_number
 from kvmesh.services.common.sampling import check_sampling
 from kvmesh.services.kvcache.keys import root_key
@@ -54,6 +55,7 @@ def to_work(submit: worker_pb2.Submit, spec: ModelSpec, receipt: Receipt) -> Wor
     largest = max(submit.token_ids)
     if largest >= spec.vocab_size:
         raise InvalidRequest(f"token id {largest} is outside the vocabulary of {spec.vocab_size}")
+    _check_addresses(submit)
     layout = spec.layout
     return Work(
         ticket=receipt.ticket,
@@ -69,6 +71,13 @@ def to_work(submit: worker_pb2.Submit, spec: ModelSpec, receipt: Receipt) -> Wor
         tail_address=submit.tail_address,
         trace=receipt.trace,
     )
+
+
+def _check_addresses(submit: worker_pb2.Submit) -> None:
+    given = (*submit.shard_addresses, *([submit.tail_address] if submit.tail_address else []))
+    for address in given:
+        if not is_address(address):
+            raise InvalidRequest(f"address {address[:300]!r} must be host:port")
 
 
 def token_update(update: Update) -> worker_pb2.TokenUpdate:

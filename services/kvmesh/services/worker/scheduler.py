@@ -155,11 +155,9 @@ class Scheduler:
         """
         if self._adoptions or self._leaving or not all(step.want_logits for step in plan):
             return 1
-        limit = self.limits.max_tokens
-        for step in plan:
-            if step.count > 1:
-                return 1
-            most = min(most, step.sequence.tokens_left(limit))
+        if any(step.count > 1 for step in plan):
+            return 1
+        most = min(most, min(step.sequence.tokens_left for step in plan))
         while most > 1 and _lacking(plan, most * width) > self.cache.available:
             most //= 2
         # Who was pre-empted for this plan may fit again at once.
@@ -347,7 +345,7 @@ class Scheduler:
         self, sequence: Sequence, tokens: Listed[int], logprobs: tuple[Logprob, ...], now: float
     ) -> Finish | None:
         first = sequence.generated == 0
-        finish = sequence.extend(tokens, self.limits.max_tokens)
+        finish = sequence.extend(tokens)
         self.counters.tokens_generated += len(tokens)
         if first:
             sequence.timeline.first_token = now

@@ -102,7 +102,7 @@ class Fetched:
     tail: Tail | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: one is made for every token, and that takes a third
 class Update:
     """What one step brought to one sequence.
 
@@ -122,11 +122,13 @@ class Sequence:
 
     order: rank of arrival; it never changes. blocks: pool ids, in order, held by this sequence.
     computed: tokens whose K and V exist. generated: tokens that came out of this process.
+    capacity: tokens, prompt and output together, at which it ends.
     """
 
     def __init__(self, order: int, work: Work, capacity: int, now: float) -> None:
         self.order = order
         self.work = work
+        self.capacity = capacity
         self.state = State.WAITING
         self.timeline = Timeline(now)
         self.length = len(work.token_ids)
@@ -155,6 +157,9 @@ class Sequence:
         ends = () if work.settings.ignore_eos else work.eos_token_ids
         self._end_ids = work.settings.stop_token_ids.union(ends)
         self._banned = tuple(sorted(self._end_ids))
+        # Whether nothing but its length can end it, and no token changes how the next is chosen.
+        bound = self.history or work.matcher or work.prefill_only
+        self._plain = not bound and not self._end_ids
 
     @property
     def waiting_since(self) -> float:
@@ -245,11 +250,8 @@ class Sequence:
             return InvalidRequest(f"the constraint of {name} cannot go on: {matcher.error}")
         return MeshError(f"the model's logits for {name} are not finite, or all are ruled out")
 
-    def append(self, token: int, limit: int) -> Finish | None:
-        """Takes the token that was chosen; why the sequence ends with it, if it does.
-
-        limit: most tokens that a sequence may have.
-        """
+    def append(self, token: int) -> Finish | None:
+        """Takes the token that was chosen; why the sequence ends with it, if it does."""
         self._tokens[self.length] = token
         self.length += 1
         self.generated += 1
@@ -260,37 +262,32 @@ class Sequence:
             matcher.advance(token)
         if token in self._end_ids or (matcher is not None and matcher.done):
             return Finish.STOP
-        most = self.work.settings.max_tokens
-        if (most is not None and self.num_output >= most) or self.length >= limit:
+        if self.length >= self.capacity:
             return Finish.LENGTH
         return Finish.HANDOVER if self.work.prefill_only else None
 
-    def extend(self, tokens: Listed[int], limit: int) -> Finish | None:
+    def extend(self, tokens: Listed[int]) -> Finish | None:
         """`append` for each token in turn.
 
         Raises ValueError, and has taken the tokens up to there, if one before the last ends it.
         """
-        plain = self.history is None and self.work.matcher is None and not self._end_ids
-        # All but the last at once, where none of them could end it.
-        if plain and len(tokens) > 1 and self.length + len(tokens) - 1 < self._longest(limit):
-            self._tokens[self.length : self.length + len(tokens) - 1] = tokens[:-1]
-            self.length += len(tokens) - 1
-            self.generated += len(tokens) - 1
-            tokens = tokens[-1:]
+        end = self.length + len(tokens)
+        if self._plain and end <= self.capacity:  # only the last of them can end it
+            self._tokens[self.length : end] = tokens
+            self.generated += len(tokens)
+            self.length = end
+            return Finish.LENGTH if end == self.capacity else None
         finish = None
         for token in tokens:
             if finish is not None:
                 raise ValueError(f"{self.work.request_id} ended as {finish.name} before token")
-            finish = self.append(token, limit)
+            finish = self.append(token)
         return finish
 
-    def tokens_left(self, limit: int) -> int:
+    @property
+    def tokens_left(self) -> int:
         """Output tokens until it ends for its length, if nothing ends it before."""
-        return 1 if self.work.prefill_only else self._longest(limit) - self.length
-
-    def _longest(self, limit: int) -> int:
-        most = self.work.settings.max_tokens
-        return limit if most is None else min(limit, self.work.num_prompt + most)
+        return 1 if self.work.prefill_only else self.capacity - self.length
 
     def end(self, finish: Finish, now: float) -> None:
         """The one way into the terminal state. Raises ValueError the second time."""

@@ -1,0 +1,227 @@
+"""The simulator against a live mesh: the same requests through both, in the same run.
+
+The worker's estimate comes from its own steps. What services and RPCs add to them is measured with
+other requests, one at a time and several at once, before the ones that count.
+"""
+
+import math
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from kvmesh.backends.architectures import load_shape
+from kvmesh.backends.base import Estimate
+from kvmesh.integration.bench_serve import own_mesh
+from kvmesh.integration.loadgen import RequestResult, closed_loop, open_loop, token_request
+from kvmesh.integration.serve_report import tpot_s
+from kvmesh.integration.simulate import (
+    ClosedLoop,
+    Load,
+    Overheads,
+    Scenario,
+    WorkerPool,
+    load_of,
+    simulate,
+)
+from kvmesh.integration.workload import TraceRequest, Workload, prompts
+from kvmesh.services.common.config import MeshConfig
+from kvmesh.services.router.client import InferenceClient
+from kvmesh.services.router.cost import CostModel
+from kvmesh.v1 import common_pb2, inference_pb2
+
+_PROBES = ((64, 1), (256, 1), (256, 64), (768, 16), (1536, 128))  # prompt and output tokens
+_SEVERAL = 8  # in flight, of the second measurement of overheads
+
+
+@dataclass(frozen=True, slots=True)
+class FidelityPlan:
+    """requests: that count. share: of the mesh's throughput, the rate that they come at."""
+
+    requests: int = 200
+    share: float = 0.4
+    seed: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """Medians in seconds. simulated: beside measured of the same requests."""
+
+    name: str
+    measured_s: float
+    simulated_s: float
+
+    @property
+    def error(self) -> float:
+        return self.simulated_s / self.measured_s - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """estimate: with what services and RPCs add to a step and to each of its sequences."""
+
+    rate: float
+    fitted: Estimate
+    estimate: Estimate
+    overheads: Overheads
+    rows: tuple[Compared, ...]
+    failed: int
+
+
+async def bench_simulate(
+    config: MeshConfig, plan: FidelityPlan, run_dir: Path, on_done: Callable[[], None]
+) -> Fidelity:
+    """Starts a mesh of one worker, learns its times, replays the requests in both."""
+    async with own_mesh(config, run_dir) as client:
+        side = _Live(client, config, (await client.list_models()).models[0].vocab_size, on_done)
+        await side.closed(_requests(plan.seed, "warm", 48), _SEVERAL)  # the estimate's own steps
+        fitted = await side.fitted()
+        alone = _requests(plan.seed, "alone", 24)
+        several = _requests(plan.seed, "several", 64)
+        seen = await side.closed(alone, 1), await side.closed(several, _SEVERAL)
+        scenario = await side.scenario(fitted)
+        scenario = _with_overheads(scenario, (alone, several), seen)
+        rate = plan.share * _throughput(seen[1])
+        load = _poisson(_requests(plan.seed, "count", plan.requests), rate, plan.seed)
+        live = await side.open(load)
+    result = simulate(scenario, load, plan.seed)
+    done = [each for each in live if not each.error]
+    assert scenario.estimate is not None
+    rows = (
+        _compared("TTFT", [each.ttft_s for each in done], result.ttft.p50),
+        _compared("TPOT", _tpots(done), result.tpot.p50),
+        _compared("request", [each.duration_s for each in done], result.duration.p50),
+    )
+    return Fidelity(
+        rate, fitted, scenario.estimate, scenario.overheads, rows, len(live) - len(done)
+    )
+
+
+class _Live:
+    """A mesh that is measured."""
+
+    def __init__(
+        self, client: InferenceClient, config: MeshConfig, vocab: int, on_done: Callable[[], None]
+    ) -> None:
+        self._client = client
+        self._config = config
+        self._vocab = vocab
+        self._on_done = on_done
+
+    async def closed(self, load: Workload, concurrency: int) -> list[RequestResult]:
+        return await closed_loop(
+            self._client, self._sent(load), concurrency, lambda _: self._on_done()
+        )
+
+    async def open(self, load: Workload) -> list[RequestResult]:
+        arrivals = [request.arrival_s for request in load.requests]
+        return await open_loop(self._client, self._sent(load), arrivals, lambda _: self._on_done())
+
+    def _sent(self, load: Workload) -> list[inference_pb2.GenerateRequest]:
+        ids = prompts(load, self._vocab, 0)
+        return [
+            token_request(prompt, _greedy(request.output_tokens))
+            for prompt, request in zip(ids, load.requests, strict=True)
+        ]
+
+    async def fitted(self) -> Estimate:
+        """The worker's estimate, read off what the router predicts with it for an idle worker."""
+        rows: list[tuple[float, ...]] = []
+        seconds: list[float] = []
+        rng = random.Random("probes")
+        step_tokens = CostModel().step_tokens
+        for count, output in _PROBES:
+            ids = [rng.randrange(self._vocab) for _ in range(count)]
+            reply = await self._client.route(token_request(ids, _greedy(output)))
+            chosen = reply.candidates[0]
+            steps = math.ceil(count / step_tokens)
+            rows.append((steps, count, 0, count * (count + 1) // 2))
+            rows.append((output, 0, output, output * (count + output / 2)))
+            seconds += [chosen.prefill_s, chosen.decode_s]
+        solved = np.linalg.lstsq(np.array(rows, float), np.array(seconds), rcond=None)[0]
+        base, prefill, decode, context = (max(0.0, float(value)) for value in solved)
+        return Estimate(base, prefill, decode, context)
+
+    async def scenario(self, estimate: Estimate) -> Scenario:
+        workers = [m for m in (await self._client.status()).members if m.kind == "worker"]
+        settings = self._config.workers[0]
+        pool = WorkerPool(
+            slots=settings.slots,
+            step_tokens=settings.step_tokens,
+            prefill_chunk=min(settings.prefill_chunk, settings.step_tokens),
+        )
+        shape = load_shape(self._config.model.name)
+        return Scenario(shape, None, (pool,), estimate=estimate, kv_blocks=workers[0].blocks_total)
+
+
+def _with_overheads(
+    scenario: Scenario,
+    loads: tuple[Workload, Workload],
+    seen: tuple[list[RequestResult], list[RequestResult]],
+) -> Scenario:
+    """Adds to a step, to each of its sequences, and to a request what makes up the difference."""
+    assert scenario.estimate is not None
+    for _ in range(3):  # what is added changes how many run at once
+        estimate = scenario.estimate
+        assert estimate is not None
+        gaps = []
+        for load, results, running in zip(loads, seen, (1, _SEVERAL), strict=True):
+            told = simulate(scenario, _loop(load, running))
+            gaps.append(statistics.median(_tpots(results)) - (told.tpot.p50 or 0.0))
+        each_s = (gaps[1] - gaps[0]) / (_SEVERAL - 1)
+        estimate = replace(
+            estimate,
+            base_s=max(0.0, estimate.base_s + gaps[0] - each_s),
+            decode_token_s=max(0.0, estimate.decode_token_s + each_s),
+        )
+        scenario = replace(scenario, estimate=estimate)
+    told = simulate(scenario, _loop(loads[0], 1))
+    late = statistics.median(each.ttft_s for each in seen[0]) - (told.ttft.p50 or 0.0)
+    return replace(scenario, overheads=Overheads(request_s=max(0.0, late)))
+
+
+def _loop(load: Workload, running: int) -> Load:
+    return load_of(load, 1 << 30, ClosedLoop(running))
+
+
+def _requests(seed: int, salt: str, count: int) -> Workload:
+    """Prompts of 64 to 512 tokens, outputs of 16 to 96, no block in common."""
+    rng = random.Random(f"{seed}/{salt}")
+    base = rng.randrange(1 << 40)
+    return Workload(
+        tuple(
+            TraceRequest(0.0, rng.randint(64, 512), rng.randint(16, 96), (base + i,))
+            for i in range(count)
+        ),
+        512,
+    )
+
+
+def _poisson(load: Workload, rate: float, seed: int) -> Workload:
+    rng = random.Random(f"{seed}/arrivals")
+    at, requests = 0.0, []
+    for request in load.requests:
+        requests.append(replace(request, arrival_s=at))
+        at += rng.expovariate(rate)
+    return replace(load, requests=tuple(requests))
+
+
+def _throughput(results: Sequence[RequestResult]) -> float:
+    begin = min(each.begin_s for each in results)
+    end = max(each.begin_s + each.duration_s for each in results)
+    return len(results) / (end - begin)
+
+
+def _tpots(results: Sequence[RequestResult]) -> list[float]:
+    return [tpot for each in results if (tpot := tpot_s(each)) is not None]
+
+
+def _compared(name: str, measured: Sequence[float], simulated: float | None) -> Compared:
+    return Compared(name, statistics.median(measured), simulated or 0.0)
+
+
+def _greedy(output_tokens: int) -> common_pb2.SamplingParams:
+    return common_pb2.SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True)
