@@ -1,6 +1,9 @@
 """One trace per request: every leg in it, in the local store or over OTLP."""
 
 import asyncio
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import grpc
@@ -9,6 +12,7 @@ from meshes import inference, mesh_config, prompts, ready
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 
 from kvmesh.integration.launch import LaunchOptions, running_mesh
+from kvmesh.integration.launch_plan import RestartPolicy
 from kvmesh.integration.launch_state import traces_path
 from kvmesh.integration.loadgen import run_request, token_request
 from kvmesh.services.common.config import RouterConfig, TelemetryConfig
@@ -78,6 +82,44 @@ async def test_every_leg_is_in_the_one_trace(tmp_path: Path) -> None:
     assert view["routes"][0]["candidates"][0]["prefill_s"] > 0
     # No span per token: the number of spans does not grow with the output.
     assert len(spans) < 40
+
+
+async def test_a_receiver_that_dies_in_the_middle_costs_spans_and_no_request(
+    tmp_path: Path,
+) -> None:
+    """What nobody could take is dropped, counted, told to the next receiver, and shown."""
+    away = LaunchOptions(policy=RestartPolicy(first_s=4.0))  # longer than a sender tries
+    seen: list[inference_pb2.GenerateResponse] = []
+    async with (
+        running_mesh(mesh_config(), tmp_path, away) as mesh,
+        inference(await ready(mesh)) as client,
+    ):
+
+        def saw(response: inference_pb2.GenerateResponse) -> None:
+            seen.append(response)
+            if len(seen) == 20:
+                mesh.kill("traces")
+
+        before = await run_request(client, long_request())
+        during = await run_request(client, long_request(), saw)
+        assert (before.error, during.error, during.text) == ("", "", before.text)
+        assert len(seen) > 20
+        await mesh.wait_restarted("traces", 1)
+        async with asyncio.timeout(60.0):
+            while not lost(tmp_path):
+                assert (await run_request(client, long_request())).text == before.text
+        assert {m: p.restarts for m, p in mesh.members.items() if p.restarts} == {"traces": 1}
+        listed = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-m", "kvmesh.cli.main", "trace", "list", "--run-dir", str(tmp_path)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    assert re.search(r"[1-9]\d* spans? .*dropped", listed.stdout + listed.stderr), listed
+
+
+def lost(run_dir: Path) -> int:
+    with SpanReader(traces_path(run_dir)) as reader:
+        return reader.counters().get("dropped_sender", 0)
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):

@@ -1,5 +1,7 @@
 """Membership, admission, cost and the choice made from them, on examples worked out by hand."""
 
+import random
+
 import pytest
 
 from kvmesh.services.common.config import RouterConfig
@@ -341,3 +343,40 @@ class TestDecisions:
         assert [c.total_s for c in usable] == sorted(c.total_s for c in usable)
         assert [c.chosen for c in decision.candidates] == [True] + [False] * 7
         assert core_of().choose(RouteQuery("r", 1, [], 1), 0.0).reason == "no worker is in the mesh"
+
+
+def test_of_many_pairs_a_shortlist_finds_the_best() -> None:
+    """Against all pairs, weighed one by one, under random loads."""
+    rng = random.Random(5)
+    worse = []
+    for number in range(40):
+        core = RouterCore(RouterConfig(), CostModel(block_bytes=20_000))
+        for index in range(30):
+            role = "prefill" if index % 3 == 0 else "decode"
+            name = f"{role}-{index}"
+            core.workers.join(
+                mesh_pb2.Member(
+                    member_id=name, incarnation=1, role=role,
+                    model=inference_pb2.ModelInfo(max_context=100_000),
+                )
+            )  # fmt: skip
+            core.workers.connected(name, True)
+            report = worker_pb2.LoadReport(
+                running=rng.randrange(60), pending_prefill_tokens=rng.randrange(20_000)
+            )
+            core.workers.reported(name, report)
+        decision = core.choose(RouteQuery(f"r{number}", 4000, (), 200), now=0.0)
+        loads = core.workers.loads(64)
+        every = [
+            handover(core.model, Place(p, Prompt(4000)), Place(d, Prompt(4000)), 128).total_s
+            for p in loads
+            if p.role == "prefill"
+            for d in loads
+            if d.role == "decode"
+        ]
+        assert len(every) == 200
+        assert decision.chosen is not None and decision.chosen.prefill_worker
+        worse.append(decision.chosen.total_s / min(every) - 1)
+        alone = [c for c in decision.candidates if not c.prefill_worker]
+        assert len(alone) == 30 and all(c.rejected for c in alone)
+    assert max(worse) < 0.02 and sum(w < 1e-9 for w in worse) >= 30

@@ -10,6 +10,7 @@ from kvmesh.services.traces.export import chrome_json, otlp_json
 from kvmesh.services.traces.latency import latency, percentile
 from kvmesh.services.traces.spans import Span, spans_of
 from kvmesh.services.traces.summary import TraceSummary
+from kvmesh.services.traces.view import trace_view
 
 
 def spans(*records: dict[str, object]) -> list[Span]:
@@ -27,6 +28,26 @@ def test_traces_ttft_pieces_add_up_and_do_not_overlap() -> None:
         "first step": 2.0, "other": 2.0,
     }  # fmt: skip
     assert sum(pieces.values()) == 50.0
+
+
+def edge_trace() -> list[Span]:
+    """A trace that an edge began, with two choices; the second one starts 20 ms later."""
+    root = record("a", "POST /v1/completions", None, (-3, 130), member="gateway")
+    priced = {"gen_ai.operation.name": "chat", "kvmesh.cost.usd": 0.25, "kvmesh.cost.kv_usd": 0.125}
+    first, second = (request("a", at=at, attributes=priced) for at in (0.0, 20.0))
+    for one in second:  # ids of their own
+        one["span_id"] = "f" + one["span_id"][1:]
+        one["parent_id"] = one["parent_id"] and "f" + one["parent_id"][1:]
+    first[0]["parent_id"] = second[0]["parent_id"] = root["span_id"]
+    return spans(root, *second, *first)
+
+
+def test_traces_of_an_edge_show_the_first_choices_ttft_and_what_all_cost() -> None:
+    traced = edge_trace()
+    assert ttft_pieces(traced) == ttft_pieces(SAMPLE)
+    view = trace_view(traced, None, [])
+    assert view["cost"] == {"kvmesh.cost.usd": 0.5, "kvmesh.cost.kv_usd": 0.25}
+    assert next(row["name"] for row in view["rows"] if row["critical"]) == "POST /v1/completions"
 
 
 def test_traces_never_sum_simulated_with_measured() -> None:

@@ -11,8 +11,6 @@ from kvmesh.cli.options import ConfigFile, Json, command
 from kvmesh.cli.progress import progress_bar
 from kvmesh.cli.render import console, milliseconds, print_json, print_table
 
-_CALIBRATION = 48 + 24 + 64  # requests before those that count
-
 
 @command
 async def simulate(
@@ -27,7 +25,14 @@ async def simulate(
     """Replay requests on a live mesh of one worker and in the simulator, and compare medians."""
     import tempfile
 
-    from kvmesh.integration.bench_simulate import FidelityPlan, bench_simulate
+    from kvmesh.integration.bench_simulate import (
+        ALONE,
+        PARTS,
+        TOGETHER,
+        WARM,
+        FidelityPlan,
+        bench_simulate,
+    )
     from kvmesh.integration.machine import describe_machine
     from kvmesh.services.common.config import GatewayConfig, WorkerConfig, load_config
 
@@ -37,9 +42,10 @@ async def simulate(
     changed = {"workers": workers, "router": router, "gateway": GatewayConfig(enabled=False)}
     ready = loaded.model_copy(update=changed)
     plan = FidelityPlan(requests, share, seed)
+    total = requests + WARM + (PARTS + 1) * (ALONE + TOGETHER)
     with (
         tempfile.TemporaryDirectory(prefix="kvmesh-bench-") as folder,
-        progress_bar("requests", requests + _CALIBRATION, hidden=json) as advance,
+        progress_bar("requests", total, hidden=json) as advance,
     ):
         found = await bench_simulate(ready, plan, Path(folder), advance)
     machine = describe_machine()

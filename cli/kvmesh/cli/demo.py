@@ -86,6 +86,7 @@ async def demo(
     questions = make_questions(seed, tokens, token_counter(config.model))
     stays = sys.stdin.isatty() and sys.stdout.isatty() if keep is None else keep
     stays = stays and not json
+    ok = False
     with tempfile.TemporaryDirectory(prefix="kvmesh-demo-") as folder:
         store = traces_path(Path(folder))
         async with running_mesh(config, Path(folder)) as mesh:

@@ -8,7 +8,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from kvmesh.integration.simulate import (
     load_of,
     simulate,
 )
+from kvmesh.integration.simulate.record import RequestRecord
 from kvmesh.integration.workload import TraceRequest, Workload, prompts
 from kvmesh.services.common.config import MeshConfig
 from kvmesh.services.router.client import InferenceClient
@@ -34,7 +35,10 @@ from kvmesh.services.router.cost import CostModel
 from kvmesh.v1 import common_pb2, inference_pb2
 
 _PROBES = ((64, 1), (256, 1), (256, 64), (768, 16), (1536, 128))  # prompt and output tokens
-_SEVERAL = 8  # in flight, of the second measurement of overheads
+_SEVERAL = 8  # in flight, of those that teach what several at once add
+# Requests: before all others; in each round of teaching, one at a time and several at once.
+WARM, ALONE, TOGETHER = 48, 8, 24
+PARTS = 4  # of the requests that count; a round before each, and one after
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,30 +78,66 @@ class Fidelity:
 async def bench_simulate(
     config: MeshConfig, plan: FidelityPlan, run_dir: Path, on_done: Callable[[], None]
 ) -> Fidelity:
-    """Starts a mesh of one worker, learns its times, replays the requests in both."""
+    """Starts a mesh of one worker, learns its times, replays the requests in both.
+
+    The requests that count come in parts, between those that teach: a machine's speed wanders.
+    """
     async with own_mesh(config, run_dir) as client:
         side = _Live(client, config, (await client.list_models()).models[0].vocab_size, on_done)
-        await side.closed(_requests(plan.seed, "warm", 48), _SEVERAL)  # the estimate's own steps
-        fitted = await side.fitted()
-        alone = _requests(plan.seed, "alone", 24)
-        several = _requests(plan.seed, "several", 64)
-        seen = await side.closed(alone, 1), await side.closed(several, _SEVERAL)
-        scenario = await side.scenario(fitted)
-        scenario = _with_overheads(scenario, (alone, several), seen)
-        rate = plan.share * _throughput(seen[1])
-        load = _poisson(_requests(plan.seed, "count", plan.requests), rate, plan.seed)
-        live = await side.open(load)
-    result = simulate(scenario, load, plan.seed)
+        seen = _Seen()
+        await side.closed(_requests(plan.seed, "warm", WARM), _SEVERAL)  # the estimate's own steps
+        await side.learn(seen, plan.seed, 0)
+        rate = plan.share * _throughput(seen.several[0].results)
+        parts = _parts(plan, rate)
+        live: list[RequestResult] = []
+        for number, part in enumerate(parts, 1):
+            live += await side.open(part)
+            await side.learn(seen, plan.seed, number)
+        scenario = await side.scenario(seen.estimate())
+    told = _with_overheads(scenario, seen)
+    records = [record for part in parts for record in simulate(told, part, plan.seed).records]
     done = [each for each in live if not each.error]
-    assert scenario.estimate is not None
+    assert told.estimate is not None
     rows = (
-        _compared("TTFT", [each.ttft_s for each in done], result.ttft.p50),
-        _compared("TPOT", _tpots(done), result.tpot.p50),
-        _compared("request", [each.duration_s for each in done], result.duration.p50),
+        _compared("TTFT", [r.ttft_s for r in done], [r.ttft_s for r in records]),
+        _compared("TPOT", _tpots(done), [r.tpot_s for r in records]),
+        _compared("request", [r.duration_s for r in done], [r.duration_s for r in records]),
     )
     return Fidelity(
-        rate, fitted, scenario.estimate, scenario.overheads, rows, len(live) - len(done)
+        rate, seen.estimate(), told.estimate, told.overheads, rows, len(live) - len(done)
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Lesson:
+    load: Workload
+    results: list[RequestResult]
+
+
+@dataclass(slots=True)
+class _Seen:
+    """Requests one at a time and several at once, and the estimate after each round of them."""
+
+    alone: list[_Lesson] = field(default_factory=list)
+    several: list[_Lesson] = field(default_factory=list)
+    estimates: list[Estimate] = field(default_factory=list)
+
+    def estimate(self) -> Estimate:
+        """The mean over the rounds."""
+        rounds = self.estimates
+        return Estimate(
+            statistics.mean(each.base_s for each in rounds),
+            statistics.mean(each.prefill_token_s for each in rounds),
+            statistics.mean(each.decode_token_s for each in rounds),
+            statistics.mean(each.context_token_s for each in rounds),
+        )
+
+
+def _parts(plan: FidelityPlan, rate: float) -> list[Workload]:
+    every = _requests(plan.seed, "count", plan.requests).requests
+    size = -(-plan.requests // PARTS)
+    parts = [every[start : start + size] for start in range(0, plan.requests, size)]
+    return [_poisson(Workload(part), rate, plan.seed + i) for i, part in enumerate(parts)]
 
 
 class _Live:
@@ -126,6 +166,14 @@ class _Live:
             token_request(prompt, _greedy(request.output_tokens))
             for prompt, request in zip(ids, load.requests, strict=True)
         ]
+
+    async def learn(self, seen: _Seen, seed: int, number: int) -> None:
+        """One round of requests that teach."""
+        alone = _requests(seed, f"alone/{number}", ALONE)
+        several = _requests(seed, f"several/{number}", TOGETHER)
+        seen.alone.append(_Lesson(alone, await self.closed(alone, 1)))
+        seen.several.append(_Lesson(several, await self.closed(several, _SEVERAL)))
+        seen.estimates.append(await self.fitted())
 
     async def fitted(self) -> Estimate:
         """The worker's estimate, read off what the router predicts with it for an idle worker."""
@@ -157,30 +205,42 @@ class _Live:
         return Scenario(shape, None, (pool,), estimate=estimate, kv_blocks=workers[0].blocks_total)
 
 
-def _with_overheads(
-    scenario: Scenario,
-    loads: tuple[Workload, Workload],
-    seen: tuple[list[RequestResult], list[RequestResult]],
-) -> Scenario:
+def _with_overheads(scenario: Scenario, seen: _Seen) -> Scenario:
     """Adds to a step, to each of its sequences, and to a request what makes up the difference."""
-    assert scenario.estimate is not None
+    sides = ((seen.alone, 1), (seen.several, _SEVERAL))
     for _ in range(3):  # what is added changes how many run at once
         estimate = scenario.estimate
         assert estimate is not None
         gaps = []
-        for load, results, running in zip(loads, seen, (1, _SEVERAL), strict=True):
-            told = simulate(scenario, _loop(load, running))
-            gaps.append(statistics.median(_tpots(results)) - (told.tpot.p50 or 0.0))
+        for lessons, running in sides:
+            measured = [tpot for each in lessons for tpot in _tpots(each.results)]
+            told = [r.tpot_s for r in _replayed(scenario, lessons, running)]
+            gaps.append(statistics.median(measured) - _median(told))
         each_s = (gaps[1] - gaps[0]) / (_SEVERAL - 1)
-        estimate = replace(
+        changed = replace(
             estimate,
             base_s=max(0.0, estimate.base_s + gaps[0] - each_s),
             decode_token_s=max(0.0, estimate.decode_token_s + each_s),
         )
-        scenario = replace(scenario, estimate=estimate)
-    told = simulate(scenario, _loop(loads[0], 1))
-    late = statistics.median(each.ttft_s for each in seen[0]) - (told.ttft.p50 or 0.0)
-    return replace(scenario, overheads=Overheads(request_s=max(0.0, late)))
+        scenario = replace(scenario, estimate=changed)
+    late = []
+    for lessons, running in sides:
+        measured = [result.ttft_s for each in lessons for result in each.results]
+        told = [r.ttft_s for r in _replayed(scenario, lessons, running)]
+        late.append(statistics.median(measured) - _median(told))
+    return replace(scenario, overheads=Overheads(request_s=max(0.0, statistics.mean(late))))
+
+
+def _replayed(scenario: Scenario, lessons: Sequence[_Lesson], running: int) -> list[RequestRecord]:
+    return [
+        record
+        for each in lessons
+        for record in simulate(scenario, _loop(each.load, running)).records
+    ]
+
+
+def _median(values: Sequence[float | None]) -> float:
+    return statistics.median(value for value in values if value is not None)
 
 
 def _loop(load: Workload, running: int) -> Load:
@@ -219,8 +279,8 @@ def _tpots(results: Sequence[RequestResult]) -> list[float]:
     return [tpot for each in results if (tpot := tpot_s(each)) is not None]
 
 
-def _compared(name: str, measured: Sequence[float], simulated: float | None) -> Compared:
-    return Compared(name, statistics.median(measured), simulated or 0.0)
+def _compared(name: str, measured: Sequence[float], simulated: Sequence[float | None]) -> Compared:
+    return Compared(name, statistics.median(measured), _median(simulated))
 
 
 def _greedy(output_tokens: int) -> common_pb2.SamplingParams:

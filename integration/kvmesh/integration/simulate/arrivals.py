@@ -75,6 +75,7 @@ class _Keys:
 
     def __init__(self, block_tokens: int) -> None:
         self._block_tokens = block_tokens
+        self._places: list[bytes] = []
         self._known: dict[tuple[int, int], tuple[int, tuple[bytes, ...]]] = {}
 
     def of(self, ids: Sequence[int], tokens: int, salt: int) -> tuple[bytes, ...]:
@@ -93,6 +94,8 @@ class _Keys:
         start, stop = place * self._block_tokens, (place + 1) * self._block_tokens
         text = f"{chain}/{hash_id}".encode()
         digest = hashlib.blake2b(text, digest_size=_CHAIN_BYTES).digest()
-        ends = range(start // BLOCK_SIZE + 1, stop // BLOCK_SIZE + 1)
-        keys = tuple(digest + end.to_bytes(_PLACE_BYTES, "little") for end in ends)
+        first, last = start // BLOCK_SIZE + 1, stop // BLOCK_SIZE + 1
+        while len(self._places) < last:
+            self._places.append(len(self._places).to_bytes(_PLACE_BYTES, "little"))
+        keys = tuple([digest + place for place in self._places[first:last]])
         return int.from_bytes(digest, "little"), keys

@@ -108,7 +108,7 @@ class SimWorker:
         """Raises InvalidRequest if it can never run here."""
         rank = self._choose(work)
         sequence = rank.scheduler.submit(work, self._clock.now)
-        place = Place(rank, sequence, _uncached(rank, work))
+        place = Place(rank, sequence, self._pending(rank, work))
         self._places[work.ticket] = place
         rank.pending += place.pending
         rank.context += sequence.length
@@ -193,7 +193,16 @@ class SimWorker:
         if not self.life.options.balance:
             self._turn += 1
             return self._ranks[(self._turn - 1) % len(self._ranks)]
-        return min(self._ranks, key=lambda r: (r.pending + _uncached(r, work), r.context))
+        return min(self._ranks, key=lambda r: (r.pending + self._pending(r, work), r.context))
+
+    def _pending(self, rank: Rank, work: Work) -> int:
+        """Prompt tokens that this rank would have to compute, to compare it with others."""
+        if work.tail_address:
+            return 0
+        size = len(work.token_ids)
+        if len(self._ranks) == 1:
+            return size
+        return max(1, size - len(rank.scheduler.cache.match(work.keys)) * BLOCK_SIZE)
 
     def _wake(self, lane: int) -> None:
         """Plans once all that happens at this moment has happened."""
@@ -253,11 +262,3 @@ class SimWorker:
                 rank.pending -= place.pending
                 rank.context -= update.sequence.length
         return updates
-
-
-def _uncached(rank: Rank, work: Work) -> int:
-    """Prompt tokens that this rank would have to compute."""
-    if work.tail_address:
-        return 0
-    cached = len(rank.scheduler.cache.match(work.keys)) * BLOCK_SIZE
-    return max(1, len(work.token_ids) - cached)

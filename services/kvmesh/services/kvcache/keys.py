@@ -33,7 +33,7 @@ def root_key(fingerprint: bytes, codec: str, block_size: int, salt: str) -> byte
     return _digest(b"".join(parts))
 
 
-def child_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
+def child_key(parent: bytes, token_ids: Sequence[int] | npt.NDArray[np.int64]) -> bytes:
     """The key of the block of `token_ids` after `parent`.
 
     Raises ValueError if parent is not a key or an id does not fit 32 bits unsigned.
@@ -69,7 +69,7 @@ def _check_parent(parent: bytes) -> None:
         raise ValueError(f"parent has {len(parent)} bytes, a key has {KEY_BYTES}")
 
 
-def _encode(token_ids: Sequence[int]) -> npt.NDArray[np.uint32]:
+def _encode(token_ids: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.uint32]:
     try:
         ids = np.asarray(token_ids, dtype=np.int64)
     except OverflowError as error:

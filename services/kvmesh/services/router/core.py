@@ -4,13 +4,24 @@ Each worker that generates is a candidate; when enough of the prompt is uncached
 a prefill and a decode worker. The smallest predicted time wins.
 """
 
+import heapq
+import itertools
 import math
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from kvmesh.services.common.config import RouterConfig
-from kvmesh.services.router.cost import Candidate, CostModel, Place, Prompt, handover, single
+from kvmesh.services.router.cost import (
+    Candidate,
+    CostModel,
+    Place,
+    Prompt,
+    handover,
+    output_seconds,
+    prompt_seconds,
+    single,
+)
 from kvmesh.services.router.index import Match, PrefixIndex
 from kvmesh.services.router.speculation import Speculation
 from kvmesh.services.router.workers import WorkerTable
@@ -19,6 +30,9 @@ from kvmesh.services.router.workers import WorkerTable
 # as long: its own prefill would hold up what it decodes.
 HANDOVER_PATIENCE = 2.0
 SPECULATION_S = 2.0  # beyond the predicted time to the first token
+# Of more than SHORTLIST**2 pairs, those of the prefill and the decode workers that are best by
+# themselves are weighed: a mesh of hundreds of workers has thousands of pairs.
+SHORTLIST = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +86,11 @@ class RouterCore:
         match = self.index.match(keys, self._soon(keys, now))
         places = self._places(query, match)
         output = min(query.max_tokens, self.model.expected_output)
-        pairs = self._pairs(query, places, output) if query.handover else []
         singles = self._singles(places, output)
-        _reject_slow_prefill(singles, pairs)
+        pairs: list[Candidate] = []
+        if query.handover:
+            pairs = self._pairs(query, places, output)
+            _reject_slow_prefill(singles, pairs, self._worth(query, places))
         return _decide(query, [*singles, *pairs])
 
     def expect(self, query: RouteQuery, chosen: Candidate, now: float) -> None:
@@ -105,9 +121,10 @@ class RouterCore:
             held = match.local.get(load.member_id, 0)
             prompt = Prompt(query.prompt_tokens, held * size, match.remote_after(held) * size)
             if not load.refused and load.member_id in query.exclude:
-                load.refused = "failed this request before"
+                load = replace(load, refused="failed this request before")
             if not load.refused and query.prompt_tokens > load.max_prompt:
-                load.refused = f"{query.prompt_tokens} prompt tokens, at most {load.max_prompt} fit"
+                refused = f"{query.prompt_tokens} prompt tokens, at most {load.max_prompt} fit"
+                load = replace(load, refused=refused)
             places.append(Place(load, prompt))
         return places
 
@@ -124,13 +141,14 @@ class RouterCore:
         return found
 
     def _pairs(self, query: RouteQuery, places: Sequence[Place], output: int) -> list[Candidate]:
+        prefills = [place for place in places if place.load.role == "prefill"]
+        decodes = [place for place in places if place.load.role != "prefill"]
+        if len(prefills) * len(decodes) > SHORTLIST**2:
+            prefills = _shortlist(prefills, lambda place: prompt_seconds(self.model, place))
+            decodes = _shortlist(decodes, lambda place: output_seconds(self.model, place, output))
         found = []
-        for prefill in places:
-            if prefill.load.role != "prefill":
-                continue
-            for decode in places:
-                if decode.load.role == "prefill":
-                    continue
+        for prefill in prefills:
+            for decode in decodes:
                 skip = self._skip(query, decode)
                 if skip:
                     ids = prefill.load.member_id, decode.load.member_id
@@ -139,6 +157,11 @@ class RouterCore:
                     pair = handover(self.model, prefill, decode, output)
                 found.append(pair)
         return found
+
+    def _worth(self, query: RouteQuery, places: Sequence[Place]) -> set[str]:
+        """The workers that a hand-over to is worth it, those beyond the shortlist too."""
+        decodes = (place for place in places if place.load.role != "prefill")
+        return {place.load.member_id for place in decodes if not self._skip(query, place)}
 
     def _skip(self, query: RouteQuery, decode: Place) -> str:
         """Why a hand-over to this worker is not worth it; empty if it may be."""
@@ -150,27 +173,37 @@ class RouterCore:
         return ""
 
 
-def _reject_slow_prefill(singles: Sequence[Candidate], pairs: Sequence[Candidate]) -> None:
+def _shortlist(places: Sequence[Place], seconds: Callable[[Place], float]) -> list[Place]:
+    usable = [place for place in places if not place.load.refused]
+    return heapq.nsmallest(SHORTLIST, usable or places, key=seconds)
+
+
+def _reject_slow_prefill(
+    singles: Sequence[Candidate], pairs: Sequence[Candidate], worth: set[str]
+) -> None:
     """Keeps long prompts off workers that decode, while a hand-over is not much slower."""
-    usable = [pair for pair in pairs if not pair.rejected]
-    fastest = min((pair.total_s for pair in usable), default=math.inf)
-    paired = {pair.decode_worker for pair in usable}
+    fastest = min((pair.total_s for pair in pairs if not pair.rejected), default=math.inf)
     for alone in singles:
-        if alone.rejected or alone.decode_worker not in paired:
+        if alone.rejected or alone.decode_worker not in worth:
             continue
         if fastest <= HANDOVER_PATIENCE * alone.total_s:
             alone.rejected = f"{alone.prompt.uncached} uncached tokens: hand over after prefill"
 
 
 def _decide(query: RouteQuery, candidates: Sequence[Candidate]) -> Decision:
-    def order(candidate: Candidate) -> tuple[bool, float, int, int, str]:
-        pair = f"{candidate.prefill_worker}>{candidate.decode_worker}"
-        # Equal candidates are shared out by request, the same way each time.
-        share = zlib.crc32(f"{query.request_id}/{pair}".encode())
-        rejected = bool(candidate.rejected)
-        return rejected, round(candidate.total_s, 7), candidate.running, share, pair
+    def cost(candidate: Candidate) -> tuple[bool, float, int]:
+        return bool(candidate.rejected), round(candidate.total_s, 7), candidate.running
 
-    ordered = sorted(candidates, key=order)
+    def share(candidate: Candidate) -> tuple[int, str]:
+        pair = f"{candidate.prefill_worker}>{candidate.decode_worker}"
+        # Equally good ones are shared out by request, the same way each time.
+        return zlib.crc32(f"{query.request_id}/{pair}".encode()), pair
+
+    ordered = sorted(candidates, key=cost)
+    if len(ordered) > 1 and cost(ordered[1]) == cost(ordered[0]):
+        least = cost(ordered[0])
+        equal = len(list(itertools.takewhile(lambda each: cost(each) == least, ordered)))
+        ordered[:equal] = sorted(ordered[:equal], key=share)
     if not ordered:
         return Decision((), None, "no worker is in the mesh")
     if ordered[0].rejected:

@@ -37,7 +37,7 @@ class CostModel:
     block_bytes: int = 0
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class WorkerLoad:
     """One worker as a decision sees it.
 
@@ -173,6 +173,25 @@ class Place:
 
     load: WorkerLoad
     prompt: Prompt
+
+
+def prompt_seconds(model: CostModel, place: Place) -> float:
+    """Until a worker has computed the prompt, whoever goes on from there."""
+    return (
+        queue_seconds(model, place.load)
+        + prefill_seconds(model, place.load, place.prompt)
+        + transfer_seconds(model, place.prompt.remote)
+    )
+
+
+def output_seconds(model: CostModel, place: Place, output: int) -> float:
+    """What a worker would take to go on from a prompt that was computed elsewhere."""
+    prompt = place.prompt
+    return (
+        queue_seconds(model, place.load)
+        + decode_seconds(place.load, prompt.tokens, output)
+        + transfer_seconds(model, prompt.tokens - prompt.local)
+    )
 
 
 def handover(model: CostModel, prefill: Place, decode: Place, output: int) -> Candidate:

@@ -51,6 +51,9 @@ class WorkerTable:
 
     def __init__(self) -> None:
         self._states: dict[str, WorkerState] = {}
+        # Of workers whose state has not changed since: a decision asks all of them.
+        self._loads: dict[str, WorkerLoad] = {}
+        self._block_size = 0
 
     def __iter__(self) -> Iterator[WorkerState]:
         return iter(self._states.values())
@@ -61,12 +64,14 @@ class WorkerTable:
     def join(self, member: mesh_pb2.Member) -> None:
         """A new life: what an earlier one was sent is forgotten."""
         self._states[member.member_id] = WorkerState(member)
+        self._loads.pop(member.member_id, None)
 
     def leave(self, member_id: str) -> None:
         self._states.pop(member_id, None)
+        self._loads.pop(member_id, None)
 
     def connected(self, member_id: str, connected: bool) -> None:
-        state = self._states.get(member_id)
+        state = self._changed(member_id)
         if state is not None:
             state.connected = connected
             if not connected:
@@ -75,12 +80,12 @@ class WorkerTable:
                 state.report = worker_pb2.LoadReport()
 
     def draining(self, member_id: str, draining: bool) -> None:
-        state = self._states.get(member_id)
+        state = self._changed(member_id)
         if state is not None:
             state.draining = draining
 
     def reported(self, member_id: str, report: worker_pb2.LoadReport) -> None:
-        state = self._states.get(member_id)
+        state = self._changed(member_id)
         if state is not None:
             state.report = report
             if report.HasField("estimate"):
@@ -88,26 +93,38 @@ class WorkerTable:
 
     def sent(self, member_id: str, request_id: str, uncached_tokens: int) -> None:
         """A request went there; it counts until `ended`."""
-        state = self._states.get(member_id)
+        state = self._changed(member_id)
         if state is not None:
             state.backlog += uncached_tokens - state.sent.get(request_id, 0)
             state.sent[request_id] = uncached_tokens
 
     def first_token(self, member_id: str, request_id: str) -> None:
         """Its prompt has been computed."""
-        state = self._states.get(member_id)
+        state = self._changed(member_id)
         if state is not None and state.sent.get(request_id):
             state.backlog -= state.sent[request_id]
             state.sent[request_id] = 0
 
     def ended(self, member_id: str, request_id: str) -> None:
         """Twice is no error."""
-        state = self._states.get(member_id)
+        state = self._changed(member_id)
         if state is not None:
             state.backlog -= state.sent.pop(request_id, 0)
 
     def loads(self, block_size: int) -> list[WorkerLoad]:
-        return [state.load(block_size) for state in self._states.values()]
+        if block_size != self._block_size:
+            self._block_size = block_size
+            self._loads.clear()
+        known = self._loads
+        for name, state in self._states.items():
+            if name not in known:
+                known[name] = state.load(block_size)
+        return [known[name] for name in self._states]
+
+    def _changed(self, member_id: str) -> WorkerState | None:
+        """The state, which the caller is about to change."""
+        self._loads.pop(member_id, None)
+        return self._states.get(member_id)
 
     def can_generate(self) -> bool:
         """Whether any worker takes requests now."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from kvmesh.services.common import names
 from kvmesh.services.traces.spans import Span
+from kvmesh.services.traces.summary import ROUTER_SERVICE
 
 # Pieces of a TTFT by the spans that they are made of. Where spans overlap, the first of this
 # order has the time: a fetch lies inside the queue, and says more than it.
@@ -60,6 +61,21 @@ def root_of(spans: Sequence[Span]) -> Span:
     return min(spans, key=lambda span: (span.parent_id is not None, span.start_ns))
 
 
+def request_of(spans: Sequence[Span]) -> Span:
+    """The request's span on the router, which has its facts; the root if there is none.
+
+    An edge or a client may have begun the trace, and may ask for several choices: the first one's.
+    """
+    requests = request_spans(spans)
+    return requests[0] if requests else root_of(spans)
+
+
+def request_spans(spans: Sequence[Span]) -> list[Span]:
+    """The spans of requests on the router, one for each choice, by their start."""
+    found = [s for s in spans if s.service == ROUTER_SERVICE and names.OPERATION in s.attributes]
+    return sorted(found, key=lambda span: span.start_ns)
+
+
 def same_clock(spans: Sequence[Span]) -> list[Span]:
     """Those whose times may be set beside the root's."""
     simulated = root_of(spans).simulated
@@ -94,14 +110,29 @@ def critical_path(spans: Sequence[Span]) -> set[str]:
 def ttft_pieces(spans: Sequence[Span]) -> list[Piece]:
     """The time to the first token, split; the pieces add up to it. Empty if the root has none."""
     own = same_clock(spans)
-    root = root_of(own)
+    root = request_of(own)
     seconds = root.attributes.get(names.TIME_TO_FIRST)
     if not isinstance(seconds, int | float) or seconds <= 0:
         return []
     start, end = root.start_ns, root.start_ns + int(seconds * 1e9)
-    found = _sweep(_intervals(own, start, end), start, end)
+    found = _sweep(_intervals(_below(own, root), start, end), start, end)
     order = (*TTFT_ORDER, OTHER)
     return [Piece(name, found[name] / 1e6) for name in order if found.get(name)]
+
+
+def _below(spans: Sequence[Span], top: Span) -> list[Span]:
+    """`top` and all that it led to; other choices of the same trace are not."""
+    children: dict[str | None, list[Span]] = defaultdict(list)
+    for span in spans:
+        children[span.parent_id].append(span)
+    found, waiting, seen = list[Span](), [top], set[str]()
+    while waiting:
+        span = waiting.pop()
+        if span.span_id not in seen:
+            seen.add(span.span_id)
+            found.append(span)
+            waiting += children[span.span_id]
+    return found
 
 
 def _intervals(spans: Sequence[Span], start: int, end: int) -> list[tuple[int, int, int]]:

@@ -10,6 +10,8 @@ from kvmesh.services.traces.analysis import (
     critical_path,
     decode_windows,
     kv_bytes,
+    request_of,
+    request_spans,
     root_of,
     ttft_pieces,
 )
@@ -69,7 +71,18 @@ def _after_first(spans: Sequence[Span]) -> float | None:
 
 
 def _cost(spans: Sequence[Span]) -> dict[str, float | str]:
-    """What the root says that it cost; empty if it says nothing."""
+    """What the request says that it cost, all its choices together; empty if it says nothing."""
+    first = request_of(spans)
     keys = (names.COST_USD, names.COST_DEVICE, *names.COST_SPLIT, names.COST_PRICE, names.COST_KIND)
-    known = root_of(spans).attributes
-    return {key: known[key] for key in keys if isinstance(known.get(key), int | float | str)}
+    known = first.attributes
+    cost = {key: known[key] for key in keys if isinstance(known.get(key), int | float | str)}
+    others = [
+        span
+        for span in request_spans(spans)
+        if span.span_id != first.span_id
+        and span.attributes.get(names.COST_KIND) == known.get(names.COST_KIND)
+    ]
+    for key in (names.COST_USD, names.COST_DEVICE, *names.COST_SPLIT):
+        if key in cost:
+            cost[key] += sum(span.attributes.get(key, 0.0) for span in others)
+    return cost

@@ -70,15 +70,16 @@ class BlockCache:
         """
         if count > self.available:
             raise ValueError(f"{count} blocks wanted, {self.available} available")
-        ids = []
-        for _ in range(count):
-            if not self._free:
-                evicted, _ = self._unused.popitem(last=False)
-                self._forget_key(evicted)
-                self._free.append(evicted)
-            block = self._free.pop()
+        kept = max(0, len(self._free) - count)
+        ids = self._free[kept:]
+        ids.reverse()
+        del self._free[kept:]
+        while len(ids) < count:
+            evicted, _ = self._unused.popitem(last=False)
+            self._forget_key(evicted)
+            ids.append(evicted)
+        for block in ids:
             self._references[block] = 1
-            ids.append(block)
         return ids
 
     def seal(self, block: int, key: bytes) -> None:

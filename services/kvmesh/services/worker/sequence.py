@@ -205,7 +205,7 @@ class Sequence:
             place = len(self._keys)
             parent = self._keys[-1] if self._keys else self.work.root
             ids = self._tokens[place * BLOCK_SIZE : (place + 1) * BLOCK_SIZE]
-            self._keys.append(child_key(parent, ids.tolist()))
+            self._keys.append(child_key(parent, ids))
         return self._keys[index]
 
     def parent_key(self, index: int) -> bytes:
