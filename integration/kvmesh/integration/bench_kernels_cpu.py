@@ -123,7 +123,7 @@ class CpuKernels:
             x.transpose(0, 2, 1, 3)[:, -CHUNK:].reshape(-1, x.shape[1], case.head_dim)
             for x in (data.q, data.k, data.v)
         )
-        out = np.empty_like(q)
+        out = np.empty(q.shape, np.float32)
 
         def run() -> None:
             run_layer(

@@ -73,14 +73,14 @@ class Rivals:
 
 
 def _numpy(q: Floats, k: Floats, v: Floats) -> Timed:
-    batch, heads, tokens, dim = k.shape
+    batch, heads, _, dim = k.shape
     grouped = q.reshape(batch, heads, -1, dim) * np.float32(dim**-0.5)
 
     def run() -> Floats:
-        scores = grouped @ k.transpose(0, 1, 3, 2)
-        scores -= scores.max(axis=-1, keepdims=True)
+        scores: Any = grouped @ k.transpose(0, 1, 3, 2)
+        np.subtract(scores, scores.max(axis=-1, keepdims=True), out=scores)
         np.exp(scores, out=scores)
-        scores /= scores.sum(axis=-1, keepdims=True)
+        np.divide(scores, scores.sum(axis=-1, keepdims=True), out=scores)
         out: Floats = scores @ v
         return out
 
@@ -197,10 +197,12 @@ def _onnx_attention(
     for name, value in zip(("key", "value"), past, strict=True):
         binding.bind_ortvalue_input(f"past_{name}", value)
         binding.bind_ortvalue_output(f"present_{name}", value)
-    binding.bind_output("output")
+    out = ort.OrtValue.ortvalue_from_numpy(np.empty((batch, 1, query_heads * dim), kind))
+    binding.bind_ortvalue_output("output", out)
+    bound = (keep, past)  # the binding does not own them
 
     def run() -> object:
         session.run_with_iobinding(binding)
-        return binding.copy_outputs_to_cpu()[0] if keep and past else None
+        return out.numpy() if bound else None
 
     return run

@@ -15,6 +15,7 @@ from kvmesh.kernels.cpu.lanes import (
     accumulate,
     exp2,
     exponents,
+    fetch_halves,
     get,
     get_int,
     largest,
@@ -162,8 +163,12 @@ def _absorb_codes(
     block, and of the one that is read next."""
     here, there = places
     keys, values = plane_at(geo, 0, head), plane_at(geo, 1, head)
-    widen_halves(here + geo.key_scales + head * BLOCK_SIZE * 2, at.key_scales)
-    widen_halves(here + geo.value_scales + head * BLOCK_SIZE * 2, at.value_scales)
+    key_scales = geo.key_scales + head * BLOCK_SIZE * 2
+    value_scales = geo.value_scales + head * BLOCK_SIZE * 2
+    widen_halves(here + key_scales, at.key_scales)
+    widen_halves(here + value_scales, at.value_scales)
+    fetch_halves(there + key_scales)
+    fetch_halves(there + value_scales)
     planes = (here + keys, there + keys), (here + values, there + values), units[0], units[1]
     for first in range(0, rows, ROWS):
         _absorb_rows(geo, planes, at, (first, min(ROWS, rows - first)), view, start)

@@ -96,12 +96,13 @@ class _Loop:
         return [*zip(words, signs, strict=True)]
 
     def _prefetch(self, number: Any, first: Any) -> None:
-        """Asks for the next plane's line that lies where this one's words do."""
-        at = self.b.mul(self.b.add(self.b.mul(number, self.lanes), first), _I64(4))
-        place = self.b.inttoptr(self.b.add(self.next, at), _I8.as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
-        fetch = self.b.module.declare_intrinsic("llvm.prefetch", [_I8.as_pointer()], kind)
-        self.b.call(fetch, [place, _I32(0), _I32(3), _I32(1)])  # to read, keep, data
+        """Asks for the next plane's lines that lie where this one's words do."""
+        b, four = self.b, _I64(4)
+        simd.prefetch(b, b.add(self.next, b.mul(b.add(b.mul(number, self.lanes), first), four)))
+        if self.bits == 3:
+            signs = b.add(b.mul(b.lshr(number, _I64(1)), self.lanes), first)
+            border = b.udiv(b.mul(self.length, self.lanes), four)
+            simd.prefetch(b, b.add(b.add(self.next, border), b.mul(signs, four)))
 
     def _row_of_words(self, number: Any, firsts: list[Any], sums: list[list[list[Any]]]) -> None:
         """Adds one row of words. firsts: each group's first lane; sums: allocas, by group, row."""

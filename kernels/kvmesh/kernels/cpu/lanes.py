@@ -321,6 +321,13 @@ def _put(b: Any, address: Any, index: Any, value: Any) -> None:
     b.store(value, _element(_FLOAT, address, index, b))
 
 
+def _fetch_row(b: Any, address: Any) -> None:
+    for line in range(0, 2 * BLOCK_SIZE, 64):
+        simd.prefetch(b, b.add(address, _I64(line)))
+
+
+# Brings a row of fp16 at an address into the cache.
+fetch_halves = _function("fetch_halves", _fetch_row, types.none, [_INT], "alwaysinline")
 # One fp32 or int32 of the array at an address.
 get = _function("get", _get, _REAL, [_INT] * 2, "alwaysinline")
 get_int = _function("get_int", _get_int, types.int32, [_INT] * 2, "alwaysinline")

@@ -30,6 +30,14 @@ def _shuffle(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(order)), order))
 
 
+def prefetch(builder: Any, address: Any) -> None:
+    """Asks for the cache line at an int64 address, to read it soon."""
+    kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+    fetch = builder.module.declare_intrinsic("llvm.prefetch", [_I8.as_pointer()], kind)
+    place = builder.inttoptr(address, _I8.as_pointer())
+    builder.call(fetch, [place, _I32(0), _I32(3), _I32(1)])  # to read, keep, data
+
+
 class Portable:
     """Generic vector IR: LLVM makes of it what the CPU has."""
 

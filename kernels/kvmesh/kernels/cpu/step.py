@@ -62,8 +62,11 @@ def _run(
     geo: Any, table: Any, pool: Any, tails: Any, plan: Any, qkv: Any, centers: Any, out: Any,
     part: Any,
 ) -> Any:  # fmt: skip
-    """Runs every segment on some KV heads. part: (layer, first head, end). Returns (the first whose K or V could not be sealed, or -1; cycles that
-    sealing took; cycles in all)."""
+    """Runs every segment on some KV heads. part: (layer, first head, end).
+
+    Returns (the first segment whose K or V could not be sealed, or -1; cycles that sealing took;
+    cycles in all).
+    """
     row_start, pos, slot, blocks = plan
     q, k, v = qkv
     layer, head, last = part
