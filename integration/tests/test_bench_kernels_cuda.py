@@ -1,10 +1,14 @@
 """`kvmesh bench kernels --backend cuda`, on the device that the CPU stands in for."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from cuda_shim import ShimDevice
+from typer.testing import CliRunner
 
 from kvmesh.backends.errors import BackendUnavailable
+from kvmesh.cli.main import app
 from kvmesh.integration import bench_kernels_cuda
 from kvmesh.integration.bench_kernels import KernelCase, Timed, bench_kernels
 from kvmesh.integration.bench_kernels_cuda import CudaKernels, attend_repeated, open_cuda_kernels
@@ -25,7 +29,7 @@ class OneRival(NoRivals):
 @pytest.mark.parametrize("codec", ["k4v4", "k3v3"])
 def test_decode_is_right_and_counts_what_it_reads(codec):
     kernels = CudaKernels(ShimDevice(), OneRival("none"), STREAM)
-    case = KernelCase(**{**bench_kernels_cuda._fields(SHAPE), "codec": codec})
+    case = replace(SHAPE, codec=codec)
     ready = kernels.prepare(case)
     ready.subject.run()
     error = ready.error()
@@ -98,5 +102,8 @@ def test_without_a_gpu_the_reason_and_the_next_step_are_told(monkeypatch):
     monkeypatch.setattr(bench_kernels_cuda, "unavailable_reason", lambda: "no GPU is here; do this")
     with pytest.raises(BackendUnavailable, match="cannot run here: no GPU is here; do this"):
         open_cuda_kernels()
+    result = CliRunner().invoke(app, ["bench", "kernels", "--backend", "cuda", "--quick"])
+    assert result.exit_code == 2 and result.stdout == ""
+    assert "no GPU is here; do this" in " ".join(result.stderr.split())
     if open_torch(Place("cuda")).missing:
         assert "torch" in open_torch(Place("cuda")).missing[0]

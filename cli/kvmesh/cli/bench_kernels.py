@@ -57,9 +57,9 @@ def kernels(
     lengths = _contexts(contexts)
     if quick:
         lengths, rounds = [min(lengths)], 3
-    measured, clock = _backend(backend)
     shape = KernelCase("decode", "", 0, batch=batch, threads=1 if backend == "cuda" else threads)
     wanted = cases(_chosen("op", ops, OPS), _chosen("codec", codecs, _coded()), lengths, shape)
+    measured, clock = _backend(backend)
     with progress_bar("bench", len(wanted), hidden=json) as advance:
         report = bench_kernels(measured, wanted, rounds, clock, advance)
     if plot:
@@ -80,7 +80,7 @@ def _backend(name: str) -> "tuple[KernelBackend, Stopwatch]":
         on_gpu = open_cuda_kernels()
         return on_gpu, on_gpu.clock()
     if name != "cpu":
-        raise CommandFailed(f"backend is {name!r}, must be cpu or cuda", USAGE)
+        raise CommandFailed(f"backend is {name!r}, kernels can be measured of: cpu, cuda", USAGE)
     from kvmesh.integration.bench_kernels import Clock
     from kvmesh.integration.bench_kernels_cpu import CpuKernels
 

@@ -1,7 +1,7 @@
 """The CUDA kernels as a subject of `kvmesh bench kernels`, timed by the device's own events."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -102,18 +102,12 @@ class CudaKernels:
         return Prepared(subject, rivals(case), context.error)
 
     def _seal(self, case: KernelCase) -> Prepared:
-        context = _Context(
-            self._device, KernelCase(**{**_fields(case), "context": 0}), case.context
-        )
+        context = _Context(self._device, replace(case, context=0), case.context)
         taken = sum(int(each.nbytes) for each in context.qkv[1:])
         run = _recorded(self._device, context.seal)
         source, target = (self._device.zeros((taken,), np.uint8) for _ in range(2))
         copy = Timed("copy of the input", 32, 2 * taken, lambda: self._streams.copy(target, source))
         return Prepared(Timed(f"kvmesh {case.codec}", 0, taken, run), [copy], lambda: None)
-
-
-def _fields(case: KernelCase) -> dict[str, Any]:
-    return {name: getattr(case, name) for name in case.__slots__}
 
 
 def _recorded(device: Device, work: Callable[[], None]) -> Callable[[], None]:
