@@ -42,7 +42,15 @@ def write_trace(run_dir: Path, lost: int = 0) -> None:
 
     event = {"name": "migrated", "time_ns": 1_030 * MS, "attributes": {"to": "worker-1"}}
     spans = [
-        record("chat mini", None, "router", 0, 100, events=[event]),
+        record(
+            "chat mini",
+            None,
+            "router",
+            0,
+            100,
+            events=[event],
+            attributes={"kvmesh.tenant": "acme"},
+        ),
         record("prefill", "chat mini", "worker-0", 20, 60, attributes={"kvmesh.tokens": 9}),
         record("kv put", "prefill", "kvcache-0", 50, 55, status="ERROR", status_message="full"),
     ]
@@ -92,6 +100,9 @@ def test_cli_output_trace_json(tmp_path: Path):
     (summary,) = json.loads(trace(tmp_path, "list", "--json"))
     assert (summary["num_spans"], summary["errors"], summary["duration_ms"]) == (3, 1, 100.0)
     assert "chat mini" in trace(tmp_path, "list")
+    assert summary["tenant"] == "acme"
+    assert len(json.loads(trace(tmp_path, "list", "--json", "--tenant", "acme"))) == 1
+    assert json.loads(trace(tmp_path, "list", "--json", "--tenant", "acm")) == []
 
 
 def test_cli_output_trace_export_and_losses(tmp_path: Path):

@@ -16,7 +16,7 @@ from kvmesh.services.common.errors import InvalidRequest
 from kvmesh.services.common.security import Security
 from kvmesh.services.common.telemetry import Telemetry
 from kvmesh.services.gateway.app import Edge, make_app
-from kvmesh.services.gateway.transport import HttpListener
+from kvmesh.services.gateway.transport import Connections, HttpListener
 from kvmesh.v1 import common_pb2, inference_pb2
 
 WAIT_S = 10.0
@@ -188,11 +188,17 @@ class Caller:
 
 @asynccontextmanager
 async def served(
-    mesh: FakeMesh, callers: Callers | None = None, **config: Any
+    mesh: FakeMesh,
+    callers: Callers | None = None,
+    connections: Connections | None = None,
+    **config: Any,
 ) -> AsyncIterator[tuple[str, int]]:
     """The address of an edge that listens."""
     edge = edge_of(mesh, callers, **config)
-    server = HttpListener("127.0.0.1", 0, make_app(edge), edge.config).open(Security())
+    listener = HttpListener(
+        "127.0.0.1", 0, make_app(edge), edge.config, connections=connections or Connections()
+    )
+    server = listener.open(Security())
     try:
         parts = urlsplit(await server.bind())
         assert parts.hostname and parts.port

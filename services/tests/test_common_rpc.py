@@ -23,7 +23,7 @@ from kvmesh.services.common.errors import (
     from_rpc,
 )
 from kvmesh.services.common.security import Security
-from kvmesh.services.common.server import Listener, serve
+from kvmesh.services.common.server import METADATA_BYTES, Listener, serve
 from kvmesh.v1 import mesh_pb2, mesh_pb2_grpc
 
 
@@ -206,3 +206,25 @@ async def test_mutual_tls_between_services(tmp_path: Path) -> None:
             async with Link(address, other) as link:
                 with pytest.raises(MeshError):
                     await register(link, "fine")
+
+
+async def test_large_metadata_is_refused_and_the_rest_goes_on() -> None:
+    async with running(ScriptedService(), Security()) as address, Link(address) as link:
+        stub = mesh_pb2_grpc.MeshStub(link.channel)
+        large = (("x-large", "y" * (METADATA_BYTES + 1)),)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await stub.ListMembers(mesh_pb2.ListMembersRequest(), metadata=large, timeout=10)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert (await register(link, "fine")).lease_ms == 1000
+
+
+async def test_a_connection_that_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvmesh.services.common.server.HANDSHAKE_MS", 200)
+    async with running(ScriptedService(), Security()) as address:
+        reader, writer = await asyncio.open_connection(*address.rsplit(":", 1))
+        writer.write(b"PRI * HTTP/2.0")
+        async with asyncio.timeout(10.0):
+            await reader.read()  # to its end
+        writer.close()
+        async with Link(address) as link:
+            assert (await register(link, "fine")).lease_ms == 1000

@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+import socket
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 from gateway_fakes import WAIT_S, FakeMesh, edge_of, exchange, served
 from scraping import one, scraped
+from starlette.types import Receive, Scope, Send
 
 from kvmesh.services.common.callers import Callers
 from kvmesh.services.common.config import GatewayConfig
@@ -17,7 +19,7 @@ from kvmesh.services.common.security import Security
 from kvmesh.services.gateway.app import make_app
 from kvmesh.services.gateway.metrics import EdgeMetrics, show_edge
 from kvmesh.services.gateway.service import Door
-from kvmesh.services.gateway.transport import Connections, HttpListener, HttpServer
+from kvmesh.services.gateway.transport import Connections, HttpListener, HttpServer, _bind
 
 
 def code_of(body: bytes) -> Any:
@@ -112,16 +114,54 @@ async def test_blank_lines_between_requests_do_not_keep_a_connection() -> None:
         writer.close()
 
 
-async def test_a_client_that_does_not_read_is_let_go() -> None:
-    mesh = FakeMesh(words=["x" * 65536] * 400)
-    async with served(mesh, write_timeout_s=0.1) as address:
-        _, writer = await asyncio.open_connection(*address, limit=1)
-        body = json.dumps({"model": "mini", "prompt": "a", "stream": True}).encode()
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_does_not_read_is_let_go(stream: bool) -> None:
+    """Its request ends, and so does its connection, with what it has not taken."""
+    mesh, connections = FakeMesh(words=["x" * 65536] * 400), Connections()
+    async with served(mesh, connections=connections, write_timeout_s=0.1) as address:
+        body = json.dumps({"model": "mini", "prompt": "a", "stream": stream}).encode()
         kind = b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body)
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\n" + kind + body)
-        async with asyncio.timeout(WAIT_S):
-            await mesh.closed.wait()
-        writer.close()
+        with socket.create_connection(address) as sock:
+            sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\n" + kind + body)
+            async with asyncio.timeout(WAIT_S):
+                await mesh.closed.wait()
+                while connections.open:
+                    await asyncio.sleep(0.01)
+
+
+async def test_the_end_of_an_answer_that_nobody_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left fits the transport's buffer, so nothing waits for it but the close."""
+    connections = Connections()
+
+    def bind(host: str, port: int | None) -> socket.socket:
+        """The system keeps next to nothing for the client."""
+        sock = _bind(host, port)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return sock
+
+    monkeypatch.setattr("kvmesh.services.gateway.transport._bind", bind)
+    edge = edge_of(FakeMesh(), write_timeout_s=0.1)
+
+    async def some(scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(b"content-length", b"50000"), (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"x" * 50_000})
+
+    listener = HttpListener("127.0.0.1", 0, some, edge.config, connections=connections)
+    server = listener.open(Security())
+    try:
+        parts = urlsplit(await server.bind())
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            sock.connect((parts.hostname, parts.port))
+            sock.sendall(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+            async with asyncio.timeout(WAIT_S):
+                while not connections.open:
+                    await asyncio.sleep(0.01)
+                while connections.open:
+                    await asyncio.sleep(0.01)
+    finally:
+        await server.stop(0)
 
 
 async def test_too_many_connections() -> None:

@@ -18,7 +18,9 @@ from router_fakes import (
 )
 from scraping import Scraped, one, scraped
 
-from kvmesh.services.common.errors import InvalidRequest, NotFound
+from kvmesh.services.common.api_keys import Limits, Tenant
+from kvmesh.services.common.errors import InvalidRequest, NotFound, Overloaded
+from kvmesh.services.router.metrics import MAX_TENANTS
 
 FIRST = "gen_ai_server_time_to_first_token_seconds"
 EACH = "gen_ai_server_time_per_output_token_seconds"
@@ -110,3 +112,22 @@ async def test_router_metrics_of_a_request_that_was_handed_over():
         found = await read(address)
     where = {"kvmesh_route_kind": "handover", "kvmesh_worker": "worker-1"}
     assert one(found, "kvmesh_router_decisions_total", **where) == 1
+
+
+async def test_tenants_have_a_bounded_number_of_labels():
+    async with metered(FakeWorker("worker-0"), FakeTokenizer()) as (mesh, address):
+        assert "kvmesh_tenant_requests_total" not in await read(address)
+        limits = mesh.service.parts.limits
+        for number in range(MAX_TENANTS + 5):
+            tenant = Tenant(f"tenant-{number}", Limits(requests_per_minute=1))
+            limits.enter(tenant, "a", 0.0)
+            with pytest.raises(Overloaded):
+                limits.enter(tenant, "b", 0.0)
+        found = await read(address)
+    requests = found["kvmesh_tenant_requests_total"]
+    assert len(requests) == MAX_TENANTS + 1
+    assert one(found, "kvmesh_tenant_requests_total", kvmesh_tenant="tenant-0") == 1
+    assert one(found, "kvmesh_tenant_requests_total", kvmesh_tenant="_other") == 5
+    assert one(found, "kvmesh_tenant_requests_active", kvmesh_tenant="_other") == 5
+    refused = {"kvmesh_tenant": "_other", "kvmesh_tenant_limit": "requests"}
+    assert one(found, "kvmesh_tenant_requests_refused_total", **refused) == 5

@@ -32,6 +32,14 @@ KvCodec = Annotated[
 Rounds = Annotated[int, typer.Option(min=1, help="Rounds of each; medians are shown.")]
 
 
+@app.callback()
+def _lightest_client() -> None:
+    """The client shares the cores with what it measures."""
+    from kvmesh.services.common.poller import choose_poller
+
+    choose_poller()
+
+
 @command
 async def mesh(
     config: ConfigFile = None,

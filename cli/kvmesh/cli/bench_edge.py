@@ -66,7 +66,7 @@ async def edge(
 def _table(rows: "list[EdgeRow]") -> None:
     columns = (
         ">in flight", ">gRPC TTFT p50", ">HTTP TTFT p50", ">added",
-        ">gRPC token", ">HTTP token", ">added",
+        ">gRPC token", ">HTTP token", ">added", ">edge CPU", ">clients' CPU",
     )  # fmt: skip
     print_table(
         "",
@@ -80,6 +80,8 @@ def _table(rows: "list[EdgeRow]") -> None:
                 f"{row.grpc.token_us:.0f} us",
                 f"{row.http.token_us:.0f} us",
                 f"{row.added_token_percent:+.1f} %",
+                "" if row.edge_us is None else f"{row.edge_us:.0f} us",
+                f"{row.grpc.client_us:.0f}, {row.http.client_us:.0f} us",
             )
             for row in rows
         ],

@@ -29,6 +29,9 @@ def serve(
     launcher_pid: Launcher = None,
 ) -> None:
     """Run one member of a mesh until SIGTERM."""
+    from kvmesh.services.common.poller import choose_poller
+
+    choose_poller()  # before anything below brings gRPC in
     from kvmesh.integration.launch_member import (
         LauncherTie,
         MemberJob,

@@ -33,6 +33,7 @@ class ExportFormat(StrEnum):
 
 Format = Annotated[ExportFormat, typer.Option("--format", "-f", help="What to write it as.")]
 Limit = Annotated[int, typer.Option("--limit", "-n", min=1, help="The newest so many.")]
+Tenant = Annotated[str, typer.Option("--tenant", help="Only those of this tenant.")]
 Every = Annotated[bool, typer.Option("--all", help="Also probes and other work of the mesh.")]
 TraceId = Annotated[str, typer.Argument(metavar="[ID]", help="A trace id, its start, or 'last'.")]
 Attributes = Annotated[
@@ -54,7 +55,11 @@ MAX_WIDTH = 130  # a line that is longer is hard to follow with the eye
 
 @command
 def list_traces(
-    run_dir: RunDir = None, limit: Limit = 20, every: Every = False, json: Json = False
+    run_dir: RunDir = None,
+    limit: Limit = 20,
+    tenant: Tenant = "",
+    every: Every = False,
+    json: Json = False,
 ) -> None:
     """List the newest requests."""
     from datetime import datetime
@@ -62,7 +67,7 @@ def list_traces(
     from kvmesh.services.traces.query import Filter
 
     with _reader(run_dir) as reader:
-        found = reader.newest(Filter(requests_only=not every), limit)
+        found = reader.newest(Filter(requests_only=not every, tenant=tenant), limit)
         _warn_of_losses(reader)
     if json:
         print_json([asdict(summary) for summary in found])

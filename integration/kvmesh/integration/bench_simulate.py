@@ -4,6 +4,7 @@ The worker's estimate comes from its own steps. What services and RPCs add to th
 other requests, one at a time and several at once, before the ones that count.
 """
 
+import itertools
 import math
 import random
 import statistics
@@ -29,6 +30,7 @@ from kvmesh.integration.simulate import (
 )
 from kvmesh.integration.simulate.record import RequestRecord
 from kvmesh.integration.workload import TraceRequest, Workload, prompts
+from kvmesh.kernels.layout import BLOCK_SIZE
 from kvmesh.services.common.config import MeshConfig
 from kvmesh.services.router.client import InferenceClient
 from kvmesh.services.router.cost import CostModel
@@ -206,29 +208,53 @@ class _Live:
 
 
 def _with_overheads(scenario: Scenario, seen: _Seen) -> Scenario:
-    """Adds to a step, to each of its sequences, and to a request what makes up the difference."""
-    sides = ((seen.alone, 1), (seen.several, _SEVERAL))
-    for _ in range(3):  # what is added changes how many run at once
+    """Adds what services and RPCs take, so that requests one at a time and several at once come out
+    as they were measured: to a step, to each of its sequences, to a prompt token, to a request."""
+    for _ in range(4):  # what is added to one changes the others
         estimate = scenario.estimate
         assert estimate is not None
-        gaps = []
-        for lessons, running in sides:
-            measured = [tpot for each in lessons for tpot in _tpots(each.results)]
-            told = [r.tpot_s for r in _replayed(scenario, lessons, running)]
-            gaps.append(statistics.median(measured) - _median(told))
-        each_s = (gaps[1] - gaps[0]) / (_SEVERAL - 1)
-        changed = replace(
-            estimate,
-            base_s=max(0.0, estimate.base_s + gaps[0] - each_s),
-            decode_token_s=max(0.0, estimate.decode_token_s + each_s),
+        one_s, several_s = (
+            _tpot_gap(scenario, seen.alone, 1),
+            _tpot_gap(scenario, seen.several, _SEVERAL),
         )
-        scenario = replace(scenario, estimate=changed)
-    late = []
-    for lessons, running in sides:
-        measured = [result.ttft_s for each in lessons for result in each.results]
-        told = [r.ttft_s for r in _replayed(scenario, lessons, running)]
-        late.append(statistics.median(measured) - _median(told))
-    return replace(scenario, overheads=Overheads(request_s=max(0.0, statistics.mean(late))))
+        each_s = (several_s - one_s) / (_SEVERAL - 1)
+        token_s, request_s = _ttft_gap(scenario, seen.alone)
+        estimate = replace(
+            estimate,
+            base_s=max(0.0, estimate.base_s + one_s - each_s),
+            decode_token_s=max(0.0, estimate.decode_token_s + each_s),
+            prefill_token_s=max(0.0, estimate.prefill_token_s + token_s),
+        )
+        late_s = max(0.0, scenario.overheads.request_s + request_s)
+        scenario = replace(scenario, estimate=estimate, overheads=Overheads(request_s=late_s))
+    return scenario
+
+
+def _tpot_gap(scenario: Scenario, lessons: Sequence[_Lesson], running: int) -> float:
+    """Measured less simulated, medians."""
+    measured = [tpot for each in lessons for tpot in _tpots(each.results)]
+    told = [record.tpot_s for record in _replayed(scenario, lessons, running)]
+    return statistics.median(measured) - _median(told)
+
+
+def _ttft_gap(scenario: Scenario, lessons: Sequence[_Lesson]) -> tuple[float, float]:
+    """Measured less simulated of requests one at a time: (per prompt token, per request).
+
+    By the median of the slopes between pairs (Theil and Sen), so that a stall does not tilt it.
+    """
+    results = [result for each in lessons for result in each.results]
+    records = _replayed(scenario, lessons, 1)
+    points = [
+        (record.request.input_tokens, result.ttft_s - (record.ttft_s or 0.0))
+        for record, result in zip(records, results, strict=True)
+    ]
+    slopes = [
+        (b[1] - a[1]) / (b[0] - a[0])
+        for a, b in itertools.combinations(points, 2)
+        if abs(b[0] - a[0]) >= BLOCK_SIZE
+    ]
+    slope = statistics.median(slopes) if slopes else 0.0
+    return slope, statistics.median(gap - slope * tokens for tokens, gap in points)
 
 
 def _replayed(scenario: Scenario, lessons: Sequence[_Lesson], running: int) -> list[RequestRecord]:

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from pathlib import Path
 
 
 def describe_machine() -> str:
@@ -19,3 +20,14 @@ def describe_machine() -> str:
         pass  # not Linux: the platform's word for it stands
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{name}, {cores} cores, {memory / 2**30:.0f} GiB, {platform.system()}"
+
+
+def cpu_seconds(pid: int) -> float | None:
+    """User and system time of a process so far; None where the system does not say."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        # The command's name, in parentheses, may hold blanks; utime is field 14 of the line.
+        user, system = stat.rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError):
+        return None

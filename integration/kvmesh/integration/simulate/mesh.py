@@ -126,12 +126,17 @@ class SimMesh:
         tokens = steady = 0
         at = self.clock.now + self._scenario.overheads.token_s
         first_end = run.end(1) + self._scenario.overheads.token_s
+        # Within a run steps grow, if at all: its last one is the longest.
+        longest_s = run.end(run.steps) - run.end(run.steps - 1) if run.steps > 1 else 0.0
         for update in updates:
             journey = self._journeys.get(update.sequence.work.ticket)
             if journey is None or journey.worker != worker.name:
                 continue
             tokens += len(update.tokens)
-            steady += self._told(journey, worker.name, update, first_end, at)
+            got = self._told(journey, worker.name, update, first_end, at)
+            steady += got
+            if got and longest_s > journey.record.longest_gap_s:
+                journey.record.longest_gap_s = longest_s
         if run.steps > 1 and steady:
             self.gaps.add_run(run.first_s + run.rise_s, run.rise_s, run.steps - 1, steady)
         if tokens:

@@ -97,8 +97,10 @@ def status_number(error: MeshError) -> int:
     return number
 
 
-def from_status(code: int, message: str, retry_after_ms: int = 0) -> MeshError:
+def from_status(code: int, message: str, retry_after_ms: int = 0, reason: str = "") -> MeshError:
     """The error that a status number from another process stands for."""
+    if reason == ContextExceeded.reason:
+        return ContextExceeded(message)
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]:
         return Overloaded(message, retry_after_ms / 1000)
     return _BY_CODE.get(code, MeshError)(message)
@@ -107,10 +109,10 @@ def from_status(code: int, message: str, retry_after_ms: int = 0) -> MeshError:
 def from_rpc(error: grpc.aio.AioRpcError | grpc.Call, peer: str) -> MeshError:
     """The mesh error behind a failed call to `peer`."""
     code: int = error.code().value[0]
-    retry_ms = 0
+    retry_ms, reason = 0, ""
     for key, value in error.trailing_metadata() or ():
         if key == RETRY_AFTER_KEY and str(value).isdigit():
             retry_ms = int(value)
-        if key == REASON_KEY and value == ContextExceeded.reason:
-            return ContextExceeded(f"{peer}: {error.details()}")
-    return from_status(code, f"{peer}: {error.details()}", retry_ms)
+        if key == REASON_KEY:
+            reason = str(value)
+    return from_status(code, f"{peer}: {error.details()}", retry_ms, reason)

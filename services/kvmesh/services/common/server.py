@@ -25,6 +25,8 @@ from kvmesh.services.common.security import Security, check_binding
 
 logger = logging.getLogger(__name__)
 
+METADATA_BYTES = 16 << 10  # of one call; more is refused before the call is known
+HANDSHAKE_MS = 10_000  # until a connection speaks TLS and HTTP/2; then it is closed
 DRAIN_S = 10.0  # requests that run at SIGTERM may take this long to end
 GRACE_S = 1.0  # then RPCs that are still open are cancelled after this
 
@@ -108,6 +110,9 @@ class BoundServer:
             options=(
                 ("grpc.max_receive_message_length", listener.max_message_bytes),
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+                ("grpc.max_metadata_size", METADATA_BYTES),
+                ("grpc.absolute_max_metadata_size", METADATA_BYTES),
+                ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
                 ("grpc.so_reuseport", 0),  # a port in use is an error, not a shared port
                 # Keep-alive pings of idle streams are welcome.
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),

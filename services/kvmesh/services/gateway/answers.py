@@ -21,6 +21,7 @@ _FINISH: dict[int, str] = {
     common_pb2.FINISH_REASON_STOP: "stop",
     common_pb2.FINISH_REASON_LENGTH: "length",
 }
+_FINISH_JSON = {reason: compact(word) for reason, word in _FINISH.items()}  # of others: null
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,7 @@ class ChatAnswer:
             delta = f'{{"content":{json_string(response.text)}}}'
             events = self._event(index, delta, logprobs, "null")
         if response.finish_reason:
-            reason = compact(_FINISH.get(response.finish_reason))
+            reason = _FINISH_JSON.get(response.finish_reason, "null")
             events += self._event(index, "{}", "null", reason)
         return events
 
@@ -165,10 +166,10 @@ class CompletionAnswer:
         logprobs = "null"
         if self._logprobs and response.logprobs:
             logprobs = compact(self._content(index, response.logprobs))
-        finish = compact(_FINISH.get(response.finish_reason))
-        if not (response.text or response.logprobs or response.finish_reason):
+        text, reason = response.text, response.finish_reason
+        if not (text or reason or response.logprobs):
             return b""
-        return self._event(index, response.text, logprobs, finish)
+        return self._event(index, text, logprobs, _FINISH_JSON.get(reason, "null"))
 
     def usage(self, usage: dict[str, Any]) -> bytes:
         return _usage_event(self._head, "text_completion", usage)

@@ -3,7 +3,7 @@
 Trace      the server span, x-request-id, metrics; whatever happens below is in it
 Errors     exceptions become error bodies
 Auth       who calls: nothing below runs, and no body is read, for a caller who may not
-Exchange   the body within its limits; a client that goes away or does not read ends the work
+Exchange   the body within its limits; a client that goes away ends the work
 """
 
 import asyncio
@@ -170,11 +170,7 @@ class Exchange:
             await asyncio.shield(gone)
             return {"type": "http.disconnect"}
 
-        async def send_in_time(message: Message) -> None:
-            async with asyncio.timeout(self._config.write_timeout_s):
-                await send(message)
-
-        work = asyncio.ensure_future(self._app(scope, receive_read, send_in_time))
+        work = asyncio.ensure_future(self._app(scope, receive_read, send))
         watch = asyncio.ensure_future(_until_gone(receive))
         try:
             await asyncio.wait({work, watch}, return_when=asyncio.FIRST_COMPLETED)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from kvmesh.services.gateway.errors import invalid, unsupported
 from kvmesh.services.gateway.schema import (
@@ -192,12 +193,10 @@ def _prompts(request: CompletionRequest) -> list[str | tuple[int, ...]]:
     prompt = request.prompt
     if isinstance(prompt, str):
         return [prompt]
-    if prompt and isinstance(prompt[0], int):
-        return [tuple(part for part in prompt if isinstance(part, int))]
-    several = [part for part in prompt if not isinstance(part, int)]
-    if not several:
+    if not prompt:
         raise invalid("'prompt' is an empty list", "prompt")
-    return several
+    parts: Any = prompt  # of one kind, which the first tells; to ask each would take as long again
+    return [parts] if isinstance(prompt[0], int) else list(parts)
 
 
 def _prompt(prompt: str | tuple[int, ...]) -> inference_pb2.GenerateRequest:

@@ -129,7 +129,11 @@ Ids = Annotated[tuple[TokenId, ...], Field(min_length=1)]
 
 
 class CompletionRequest(Common):
-    prompt: StrictStr | Ids | tuple[StrictStr, ...] | tuple[Ids, ...]
+    # The first that fits; to look for a better one would check each id several times.
+    prompt: Annotated[
+        StrictStr | Ids | tuple[StrictStr, ...] | tuple[Ids, ...],
+        Field(union_mode="left_to_right"),
+    ]
     best_of: StrictInt | None = None
     echo: StrictBool | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None

@@ -17,6 +17,7 @@ from kvmesh.services.common.process import MESH_PORT_VARIABLE, ProcessContext, l
 from kvmesh.services.common.server import Listener, Openable
 from kvmesh.services.gateway.app import Edge, make_app
 from kvmesh.services.gateway.errors import from_mesh
+from kvmesh.services.gateway.many import EdgeMesh, ManyStream
 from kvmesh.services.gateway.metrics import EdgeMetrics, show_edge
 from kvmesh.services.gateway.oip.servicer import SERVICE, OipServicer
 from kvmesh.services.gateway.transport import Connections, HttpListener
@@ -69,6 +70,7 @@ class GatewayService:
         self._connections = Connections()
         self._edge: Edge | None = None
         self._link: Link | None = None
+        self._many: ManyStream | None = None
         self._lease: MembershipLease | None = None
         self._vocabulary: Vocabulary = open_vocabulary(checkpoint_path(context.config.model))
 
@@ -113,11 +115,12 @@ class GatewayService:
         await self._lease.start()
         self._link = Link(self._lease.inference_address, context.security)
         mesh = InferenceClient(self._link)
+        self._many = ManyStream(self._link)
         found = await self._wait_model(mesh)
         metrics = EdgeMetrics(context.meters)
         show_edge(context.meters, metrics, lambda: self._connections.open)
         self._edge = Edge(
-            mesh=mesh,
+            mesh=EdgeMesh(mesh, self._many),
             vocabulary=self._vocabulary,
             telemetry=context.telemetry,
             config=context.config.gateway,
@@ -140,6 +143,8 @@ class GatewayService:
     async def close(self) -> None:
         if self._lease is not None:
             await self._lease.close()
+        if self._many is not None:
+            await self._many.close()
         if self._link is not None:
             await self._link.close()
 

@@ -119,8 +119,6 @@ class EventStream(Response):
                     await self._write(send, index, response)
                 usage = self._finished.usage()
                 last = self._answer.usage(usage) + DONE if self._include_usage else DONE
-            except TimeoutError:
-                raise  # the client does not read
             except Exception as error:
                 known = api_error(error, self._peer)
                 note_error(scope, known)

@@ -1,8 +1,9 @@
 """The HTTP server: uvicorn on httptools, with limits on heads that uvicorn does not have.
 
-A head (request line and headers) must be complete within `head_s` and `max_head_bytes`, however
-slowly it comes; a connection over `max_connections` is answered 503 at once. Bodies have their
-limits in middleware.Exchange.
+A head (request line and headers) must be complete within `head_timeout_s` and `max_head_bytes`,
+however slowly it comes; a client that takes none of its answer for `write_timeout_s` is let go; a
+connection over `max_connections` is answered 503 at once. Bodies have their limits in
+middleware.Exchange.
 """
 
 import asyncio
@@ -53,6 +54,7 @@ class EdgeProtocol(HttpToolsProtocol):
         self._in_head = True
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
         self._refusal: ApiError | None = None
         if len(self.connections) > self.gateway.max_connections:
             busy = ApiError(
@@ -68,8 +70,18 @@ class EdgeProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disarm()
+        self._stop_write_timer()
         super().connection_lost(exc)
         self.count.open = len(self.connections)
+
+    def pause_writing(self) -> None:
+        """What the client has not taken yet is over the transport's limit."""
+        super().pause_writing()
+        self._write_timer = self.loop.call_later(self.gateway.write_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._stop_write_timer()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
@@ -111,6 +123,11 @@ class EdgeProtocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def _late(self) -> None:
         self._head_timer = None
@@ -169,6 +186,7 @@ class HttpServer:
         self._listener = listener
         self._server: _Server | None = None
         self._task: asyncio.Task[None] | None = None
+        self._sweep: asyncio.Task[None] | None = None
 
     async def bind(self) -> str:
         """Starts listening; the URL. Raises ConfigError if the port is taken."""
@@ -196,6 +214,7 @@ class HttpServer:
         )
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # else: a line per bad request
         self._task = asyncio.create_task(self._server.serve([sock]), name="http")
+        self._sweep = asyncio.create_task(self._abort_closing(), name="http sweep")
         async with asyncio.timeout(START_S):
             while not self._server.started:
                 if self._task.done():
@@ -213,8 +232,20 @@ class HttpServer:
         if self._server is not None and self._task is not None:
             self._server.should_exit = True
             await asyncio.wait({self._task}, timeout=grace_s + 2.0)
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+            tasks = [task for task in (self._task, self._sweep) if task is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _abort_closing(self) -> None:
+        """A connection closes when its last bytes are taken; one that takes them not is let go."""
+        before: set[Any] = set()
+        while self._server is not None:
+            await asyncio.sleep(self._listener.config.write_timeout_s)
+            closing = {c for c in self._server.server_state.connections if c.transport.is_closing()}
+            for connection in closing & before:
+                connection.transport.abort()
+            before = closing
 
 
 def _bind(host: str, port: int | None) -> socket.socket:

@@ -32,7 +32,7 @@ class InferenceClient:
         other._authorization = authorization
         return other
 
-    def _metadata(self) -> tuple[tuple[str, str], ...]:
+    def metadata(self) -> tuple[tuple[str, str], ...]:
         """The caller's word for who it is, or the mesh's own; never the second for the first."""
         if self._authorization is None:
             return self._link.metadata()
@@ -46,7 +46,7 @@ class InferenceClient:
 
         Without `timeout_s` the router's own limit holds.
         """
-        call = self._stub.Generate(request, timeout=timeout_s, metadata=self._metadata())
+        call = self._stub.Generate(request, timeout=timeout_s, metadata=self.metadata())
         try:
             async for response in call:
                 yield response
@@ -63,7 +63,7 @@ class InferenceClient:
             reply: pb.RouteResponse = await self._stub.Route(
                 pb.RouteRequest(request=request),
                 timeout=_least(timeout_s, self._deadlines.encode_s),
-                metadata=self._metadata(),
+                metadata=self.metadata(),
             )
             return reply
         except grpc.aio.AioRpcError as error:
@@ -74,7 +74,7 @@ class InferenceClient:
             reply: pb.ListModelsResponse = await self._stub.ListModels(
                 pb.ListModelsRequest(),
                 timeout=_least(timeout_s, self._deadlines.status_s),
-                metadata=self._metadata(),
+                metadata=self.metadata(),
             )
             return reply
         except grpc.aio.AioRpcError as error:
@@ -86,7 +86,7 @@ class InferenceClient:
             reply: pb.MeshStatusResponse = await self._stub.MeshStatus(
                 pb.MeshStatusRequest(),
                 timeout=_least(timeout_s, self._deadlines.status_s),
-                metadata=self._metadata(),
+                metadata=self.metadata(),
             )
             return reply
         except grpc.aio.AioRpcError as error:

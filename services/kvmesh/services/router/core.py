@@ -23,7 +23,7 @@ from kvmesh.services.router.cost import (
     single,
 )
 from kvmesh.services.router.index import Match, PrefixIndex
-from kvmesh.services.router.speculation import Speculation
+from kvmesh.services.router.speculation import Life, Speculation
 from kvmesh.services.router.workers import WorkerTable
 
 # A decode worker computes a long prompt itself only if every hand-over would take this many times
@@ -104,13 +104,17 @@ class RouterCore:
 
     def _soon(self, keys: Sequence[bytes], now: float) -> list[int]:
         soon: list[int] = []
+        bits: dict[Life, int] = {}
         for key in keys:
             holders = self._speculation.holders(key, now)
             if not holders:
                 break
             mask = 0
-            for member_id, incarnation in holders:
-                mask |= self.index.bit_of(member_id, incarnation)
+            for life in holders:
+                bit = bits.get(life)
+                if bit is None:
+                    bit = bits[life] = self.index.bit_of(*life)
+                mask |= bit
             soon.append(mask)
         return soon
 

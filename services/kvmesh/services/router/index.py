@@ -169,6 +169,11 @@ class PrefixIndex:
     def _store_keys(self, known: _Holder, keys: Sequence[bytes]) -> None:
         masks = self._masks
         bit = known.bit
+        if masks.keys().isdisjoint(keys):  # as most are: all at once
+            new = dict.fromkeys(reversed(keys), bit)
+            masks.update(new)
+            known.blocks += len(new)
+            keys = ()
         for key in reversed(keys):
             mask = masks.get(key, 0)
             if not mask & bit:

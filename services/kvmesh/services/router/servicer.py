@@ -1,5 +1,6 @@
 """The router's two services over gRPC: the public one, and membership."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 from kvmesh.services.common.errors import Forbidden
 from kvmesh.services.common.telemetry import extract
 from kvmesh.services.router.generation import Asked, Generation
+from kvmesh.services.router.many import ManySession
 from kvmesh.services.router.membership import Lease
 from kvmesh.services.router.parts import RouterParts, prepare_request
 from kvmesh.v1 import inference_pb2 as pb
@@ -40,6 +42,20 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         async with aclosing(generation.run()) as responses:  # type: ignore[type-var]
             async for response in responses:
                 yield response
+
+    async def GenerateMany(
+        self, request_iterator: AsyncIterator[pb.GenerateBatch], context: Any
+    ) -> AsyncIterator[pb.SaidBatch]:
+        session = ManySession(self._parts, self._parts.config.request_timeout_s)
+        reader = asyncio.create_task(session.read(request_iterator))
+        try:
+            while (batch := await session.next()) is not None:
+                yield batch
+            reader.result()  # raises what was wrong with the edge's messages
+        finally:
+            reader.cancel()
+            await session.close()
+            await asyncio.gather(reader, return_exceptions=True)
 
     async def Route(self, request: pb.RouteRequest, context: Any) -> pb.RouteResponse:
         tenant = self._parts.callers.identify(context.invocation_metadata())

@@ -44,13 +44,9 @@ class BlockCache:
 
     def match(self, keys: Sequence[bytes]) -> list[int]:
         """The blocks of the longest prefix of `keys` that is held. References nothing."""
-        ids: list[int] = []
-        for key in keys:
-            block = self._id_of.get(key)
-            if block is None:
-                break
-            ids.append(block)
-        return ids
+        found = list(map(self._id_of.get, keys))
+        held = found.index(None) if None in found else len(found)
+        return [block for block in found[:held] if block is not None]
 
     def can_allocate(self, count: int, keeping: Sequence[int] = ()) -> bool:
         """Whether `count` blocks are available besides the cached ones in `keeping`."""
@@ -88,7 +84,19 @@ class BlockCache:
 
     def seal_all(self, blocks: Sequence[int], keys: Sequence[bytes]) -> None:
         """`seal` for each pair."""
-        id_of, key_of, note = self._id_of, self._key_of, self._changes.setdefault
+        id_of, key_of, changes = self._id_of, self._key_of, self._changes
+        new = dict(zip(keys, blocks, strict=True))
+        if (  # nothing of it is known, as in most prompts: all at once
+            len(new) == len(keys)
+            and id_of.keys().isdisjoint(keys)
+            and changes.keys().isdisjoint(keys)
+            and key_of.keys().isdisjoint(blocks)
+        ):
+            id_of.update(new)
+            key_of.update(zip(blocks, keys, strict=True))
+            changes.update(dict.fromkeys(keys, False))
+            return
+        note = changes.setdefault
         for block, key in zip(blocks, keys, strict=True):
             if key not in id_of and block not in key_of:
                 id_of[key] = block
@@ -133,13 +141,11 @@ class BlockCache:
 
     def drain_events(self) -> CacheEvents:
         """What changed since the last call."""
-        stored: list[bytes] = []
-        removed: list[bytes] = []
-        for key, was_held in self._changes.items():
-            if (key in self._id_of) != was_held:
-                (removed if was_held else stored).append(key)
-        self._changes.clear()
-        return CacheEvents(tuple(stored), tuple(removed))
+        held, changes = self._id_of, self._changes
+        stored = tuple([key for key, was_held in changes.items() if not was_held and key in held])
+        removed = tuple([key for key, was_held in changes.items() if was_held and key not in held])
+        changes.clear()
+        return CacheEvents(stored, removed)
 
     def check_integrity(self) -> None:
         """Raises AssertionError naming what does not fit together."""
