@@ -13,15 +13,20 @@ from kvmesh.cli.progress import progress_bar
 from kvmesh.cli.render import console, print_json, print_table
 
 if TYPE_CHECKING:
-    from kvmesh.integration.bench_kernels import KernelBackend, KernelReport, KernelRow
+    from kvmesh.integration.bench_kernels import (
+        KernelBackend,
+        KernelReport,
+        KernelRow,
+        Stopwatch,
+    )
 
 _Name = TypeVar("_Name", bound=str)
 
-Backend = Annotated[str, typer.Option(help="Whose kernels: cpu.")]
+Backend = Annotated[str, typer.Option(help="Whose kernels: cpu or cuda.")]
 Ops = Annotated[str, typer.Option(help="decode, seal and prefill, comma-separated.")]
 Codecs = Annotated[str, typer.Option(help="Comma-separated.")]
 Contexts = Annotated[str, typer.Option(help="Sealed tokens before the queries, comma-separated.")]
-Threads = Annotated[int, typer.Option(min=1, help="For ours and for the others.")]
+Threads = Annotated[int, typer.Option(min=1, help="For ours and for the others, on the CPU.")]
 Batch = Annotated[int, typer.Option(min=1, help="Sequences.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Runs of each; medians are shown.")]
 Quick = Annotated[bool, typer.Option("--quick", help="The shortest context, three runs of each.")]
@@ -46,19 +51,17 @@ def kernels(
     Ours and the others take turns in one run, and so does a streaming read of memory. Eight KV
     heads of 128, four query heads each. What is not installed is named and left out.
     """
-    import time
-
-    from kvmesh.integration.bench_kernels import OPS, Clock, KernelCase, bench_kernels, cases
+    from kvmesh.integration.bench_kernels import OPS, KernelCase, bench_kernels, cases
     from kvmesh.integration.kernels_plot import kernels_plot
 
     lengths = _contexts(contexts)
     if quick:
         lengths, rounds = [min(lengths)], 3
-    shape = KernelCase("decode", "", 0, batch=batch, threads=threads)
+    shape = KernelCase("decode", "", 0, batch=batch, threads=1 if backend == "cuda" else threads)
     wanted = cases(_chosen("op", ops, OPS), _chosen("codec", codecs, _coded()), lengths, shape)
-    clock = Clock(time.perf_counter, lambda: time.sleep(0.005))
+    measured, clock = _backend(backend)
     with progress_bar("bench", len(wanted), hidden=json) as advance:
-        report = bench_kernels(_backend(backend), wanted, rounds, clock, advance)
+        report = bench_kernels(measured, wanted, rounds, clock, advance)
     if plot:
         plot.write_text(kernels_plot(report))
     if json:
@@ -67,12 +70,21 @@ def kernels(
     _print_report(report)
 
 
-def _backend(name: str) -> "KernelBackend":
+def _backend(name: str) -> "tuple[KernelBackend, Stopwatch]":
+    """Raises BackendUnavailable, with the next step, for a device that is not here."""
+    import time
+
+    if name == "cuda":
+        from kvmesh.integration.bench_kernels_cuda import open_cuda_kernels
+
+        on_gpu = open_cuda_kernels()
+        return on_gpu, on_gpu.clock()
     if name != "cpu":
-        raise CommandFailed(f"backend is {name!r}, kernels can be measured of: cpu", USAGE)
+        raise CommandFailed(f"backend is {name!r}, kernels can be measured of: cpu, cuda", USAGE)
+    from kvmesh.integration.bench_kernels import Clock
     from kvmesh.integration.bench_kernels_cpu import CpuKernels
 
-    return CpuKernels()
+    return CpuKernels(), Clock(time.perf_counter, lambda: time.sleep(0.005))
 
 
 def _coded() -> list[str]:

@@ -118,10 +118,16 @@ class KernelReport:
     rows: Sequence[KernelRow]
 
 
+class Stopwatch(Protocol):
+    """How long something takes, in seconds."""
+
+    def time(self, what: Timed) -> float: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """now: seconds, monotonic. rest: called before each measurement, so that threads which the
-    one before left spinning are asleep."""
+    """The host's time. now: seconds, monotonic. rest: called before each measurement, so that
+    threads which the one before left spinning are asleep."""
 
     now: Callable[[], float]
     rest: Callable[[], object]
@@ -161,7 +167,7 @@ def bench_kernels(
     backend: KernelBackend,
     wanted: Sequence[KernelCase],
     repetitions: int,
-    clock: Clock,
+    clock: Stopwatch,
     on_case: Callable[[], object],
 ) -> KernelReport:
     """Raises ValueError if there is no case."""
@@ -189,7 +195,9 @@ class _Measured:
     error: float | None
 
 
-def _measure(backend: KernelBackend, case: KernelCase, repetitions: int, clock: Clock) -> _Measured:
+def _measure(
+    backend: KernelBackend, case: KernelCase, repetitions: int, clock: Stopwatch
+) -> _Measured:
     ready = backend.prepare(case)
     streams = backend.bandwidths(case.threads)
     everything = [ready.subject, *streams, *ready.rivals]
