@@ -27,7 +27,7 @@ class Case:
     def run(self, start: int, count: int, slot: int = 0, table=range(6)) -> np.ndarray:
         return self.run_many([(slot, start, count, table)])
 
-    def run_many(self, segments) -> np.ndarray:
+    def run_many(self, segments, threads: int = 1) -> np.ndarray:
         """segments: (slot, start, count, table), each over the same sequence's rows."""
         slots, starts, counts, blocks = zip(*segments, strict=True)
         plan = step.StepPlan(
@@ -39,7 +39,9 @@ class Case:
         rows = np.concatenate([np.arange(s, s + c) for s, c in zip(starts, counts, strict=True)])
         q, k, v = (np.ascontiguousarray(x[rows]) for x in self.qkv)
         out = np.empty_like(q)
-        step.run_layer(self.layout, self.pool, self.tails, plan, 0, (q, k, v), self.centers, out)
+        step.run_layer(
+            self.layout, self.pool, self.tails, plan, 0, (q, k, v), self.centers, out, threads
+        )
         return out
 
 
@@ -130,6 +132,30 @@ def test_company_changes_no_bit():
     np.testing.assert_array_equal(out[0], want[64])
     np.testing.assert_array_equal(out[301:], want[190:230])
     np.testing.assert_array_equal(case.pool[:4], case.pool[[6, 7, 8, 3]])
+
+
+@pytest.mark.parametrize("threads", [2, 3, 8])
+def test_threads_change_no_bit(threads):
+    whole, shared = make(heads=3, seed=8), make(heads=3, seed=8)
+    want = whole.run(0, 300)
+    np.testing.assert_array_equal(shared.run_many([(0, 0, 300, range(6))], threads), want)
+    np.testing.assert_array_equal(shared.pool, whole.pool)
+    tails = np.zeros((2, 1, 2, 64, 3, 64), np.float32)
+    for number in range(2):
+        for kind in (0, 1):
+            tails[number, 0, kind] = whole.qkv[kind + 1][64 * number : 64 * number + 64]
+    pool = np.zeros_like(whole.pool)
+    step.seal_blocks(whole.layout, pool, np.array([5, 3]), tails, whole.centers, threads)
+    np.testing.assert_array_equal(pool[[5, 3]], whole.pool[:2])
+    step.finish_blocks(whole.layout, pool, [5, 3], threads)
+    for row, number in ((5, 0), (3, 1)):
+        block.verify(pool[row], whole.layout)
+        at = whole.layout.header_bytes
+        size = at + whole.layout.payload_bytes
+        np.testing.assert_array_equal(pool[row, at:size], expected_block(whole, number)[at:size])
+    tails[1, 0, 1, 5, 2, 7] = np.nan
+    with pytest.raises(CodecError, match="tail 1, layer 0"):
+        step.seal_blocks(whole.layout, pool, np.array([5, 3]), tails, whole.centers, threads)
 
 
 def test_reused_prefix_changes_no_bit():

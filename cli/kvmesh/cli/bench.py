@@ -9,6 +9,7 @@ import typer
 from kvmesh.cli.bench_codec import codec
 from kvmesh.cli.bench_cost import cost
 from kvmesh.cli.bench_edge import edge
+from kvmesh.cli.bench_kernels import kernels
 from kvmesh.cli.bench_mlperf import mlperf
 from kvmesh.cli.bench_serve import serve
 from kvmesh.cli.bench_simulate import simulate
@@ -119,6 +120,7 @@ def _table(rows: "list[BenchRow]") -> None:
 
 app.command()(mesh)
 app.command()(codec)
+app.command()(kernels)
 app.command()(serve)
 app.command()(mlperf)
 app.command()(cost)

@@ -74,6 +74,7 @@ class CpuModel:
         self._stages = StagePipeline(
             checkpoint, options.max_step_tokens, SessionOptions(options.threads, options.spin)
         )
+        self._threads = options.threads
         self._clock = clock
         self._fit = StepFit(_PRIOR)
         kernel.warm()
@@ -125,8 +126,9 @@ class CpuModel:
                 self.watch(layer, qkv)
             ready = self._clock()
             share = kernel.run_layer(
-                layout, pool.blocks, pool.tails, plan, layer, qkv, self._centers, out
-            )
+                layout, pool.blocks, pool.tails, plan, layer, qkv, self._centers, out,
+                self._threads,
+            )  # fmt: skip
             seal_s += share * (self._clock() - ready)
         if len(step.filled):
             sealed = self._clock()

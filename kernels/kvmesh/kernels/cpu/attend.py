@@ -9,21 +9,35 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvmesh.kernels.cpu.dot import dot_rows, set_weights
-from kvmesh.kernels.cpu.jit import exp, kernel
+from kvmesh.kernels.cpu.dot import dot_rows, set_tile, set_weights
+from kvmesh.kernels.cpu.jit import kernel
+from kvmesh.kernels.cpu.lanes import (
+    accumulate,
+    exp2,
+    exponents,
+    fetch_halves,
+    get,
+    get_int,
+    largest,
+    put,
+    scale_dots,
+    widen_halves,
+)
 from kvmesh.kernels.cpu.simd import ROWS
-from kvmesh.kernels.cpu.tile import hadamard, plane_at, read_tile
+from kvmesh.kernels.cpu.tile import hadamard, plane_at, read_floats
 from kvmesh.kernels.layout import BLOCK_SIZE
 
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
 _NEVER = np.float32(-np.inf)
+LOG2E = np.float32(np.log2(np.e))
+_MINUS_2_LOG2E = np.float32(-2 * np.log2(np.e))
 
 
 class View(NamedTuple):
     """What a row's scores go through before the softmax; 0 turns each of the first two off."""
 
-    cap: Any  # fp32: scores become cap * tanh(score / cap)
+    cap: Any  # fp32, times LOG2E as scores are: they become cap * tanh(score / cap)
     window: Any  # int64: a query sees so many tokens, itself included
     kept: Any  # int64: and the first so many of its sequence
     query: Any  # int64, the position of row 0's query
@@ -65,76 +79,38 @@ def _mix(weights: Any, values: Any, count: int, out: Any) -> None:
 
 
 @kernel
-def _largest(scores: Any) -> Any:
-    top = _NEVER
-    for t in range(BLOCK_SIZE):
-        top = max(top, scores[t])
-    return top
-
-
-@kernel
-def _to_weights(scores: Any, peak: Any, halves: Any) -> Any:
-    """Replaces 64 scores by exp(score - peak); returns their sum, added up by halves."""
-    for t in range(BLOCK_SIZE):
-        scores[t] = exp(scores[t] - peak)
-    half = BLOCK_SIZE // 2
-    for t in range(half):
-        halves[t] = scores[t] + scores[t + half]
-    half //= 2
-    while half >= 1:
-        for t in range(half):
-            halves[t] = halves[t] + halves[t + half]
-        half //= 2
-    return halves[0]
-
-
-@kernel
-def _look(scores: Any, view: Any, row: int, start: int) -> None:
+def _look(scores: int, view: Any, row: int, start: int) -> None:
     """Caps 64 scores and hides what the row must not see. start: position of the first token."""
     if view.cap > _ZERO:
         for t in range(BLOCK_SIZE):
             # tanh by exp of what is not positive: 1 - 2 e / (1 + e), e = exp(-2 |x|)
-            x = scores[t] / view.cap
-            e = exp(np.float32(-2.0) * abs(x))
+            x = get(scores, t) / view.cap
+            e = exp2(_MINUS_2_LOG2E * abs(x))
             size = view.cap * ((_ONE - e) / (_ONE + e))
-            scores[t] = size if x >= _ZERO else -size
+            put(scores, t, size if x >= _ZERO else -size)
     if view.window > 0:
         oldest = view.query + row // view.group - view.window + 1
         for t in range(BLOCK_SIZE):
             if view.kept <= start + t < oldest:
-                scores[t] = _NEVER
+                put(scores, t, _NEVER)
 
 
 @kernel
-def _weigh(scratch: Any, row: int) -> Any:
-    """One step of online softmax: 64 scores become weights exp(score - peak).
+def _weigh(at: Any, scores: int, row: int) -> Any:
+    """One step of online softmax: 64 scores become weights 2^(score - peak).
 
     Returns what the row's sum so far is to be multiplied by.
     """
-    weights = scratch.weights
-    before = scratch.peak[row]
-    peak = max(before, _largest(weights))
+    before = get(at.peak, row)
+    peak = largest(scores, before)
     if peak == _NEVER:  # nothing is seen yet
-        weights[:] = _ZERO
+        for t in range(BLOCK_SIZE):
+            put(scores, t, _ZERO)
         return _ONE
-    fade = exp(before - peak)
-    total = _to_weights(weights, peak, scratch.halves)
-    scratch.peak[row] = peak
-    scratch.total[row] = scratch.total[row] * fade + total
-    return fade
-
-
-@kernel
-def _advance(scratch: Any, row: int, view: Any, start: int) -> Any:
-    """From a sealed tile's dot products to weights times the values' scales; as `_weigh`."""
-    weights = scratch.weights
-    bias = scratch.bias[row]
-    for t in range(BLOCK_SIZE):
-        weights[t] = bias + scratch.key_scales[t] * weights[t]
-    _look(weights, view, row, start)
-    fade = _weigh(scratch, row)
-    for t in range(BLOCK_SIZE):
-        weights[t] = weights[t] * scratch.value_scales[t]
+    fade = exp2(before - peak)
+    total = exponents(scores, peak)
+    put(at.peak, row, peak)
+    put(at.total, row, get(at.total, row) * fade + total)
     return fade
 
 
@@ -142,7 +118,8 @@ def _advance(scratch: Any, row: int, view: Any, start: int) -> Any:
 def _absorb_floats(scratch: Any, row: int, view: Any, start: int) -> None:
     """Adds a tile of floats to a row's state."""
     _score(scratch.queries[row], scratch.keys, scratch.weights)
-    fade = _advance(scratch, row, view, start)
+    _look(scratch.at.weights, view, row, start)
+    fade = _weigh(scratch.at, scratch.at.weights, row)
     mixed = scratch.mixed[row]
     for j in range(mixed.size):
         mixed[j] = mixed[j] * fade
@@ -150,57 +127,86 @@ def _absorb_floats(scratch: Any, row: int, view: Any, start: int) -> None:
 
 
 @kernel
-def _absorb_codes(
-    geo: Any, table: Any, codes: Any, head: int, scratch: Any, first: int, count: int,
-    view: Any, start: int,
-) -> None:  # fmt: skip
-    """Adds one head of a block, codes uint8 [block bytes], to rows [first, first + count)."""
-    dots = scratch.dots
-    queries, mixing = scratch.rounded, scratch.mixing
-    address = codes.ctypes.data
-    keys, values = address + plane_at(geo, 0, head), address + plane_at(geo, 1, head)
-    dot_rows(geo.key_bits, keys, queries, first, count, dots, BLOCK_SIZE)
-    for i in range(count):
+def _absorb_rows(geo: Any, planes: Any, at: Any, rows: Any, view: Any, start: int) -> None:
+    """Adds one head of a block to `rows` (first, count), see `_absorb_codes`."""
+    keys, values, key_unit, value_unit = planes
+    first, count = rows
+    queries, mixing = at.queries, at.mixing
+    stride = max(geo.dim, BLOCK_SIZE)
+    dot_rows(geo.key_bits, keys, queries, rows, at.dots, BLOCK_SIZE, stride)
+    size = 4 * BLOCK_SIZE
+    for i in range(count):  # each step for all rows, as their chains of operations can overlap
         row = first + i
-        unit = queries.unit[row] * table.half_step[0]
-        offset = queries.offset[row]
-        for t in range(BLOCK_SIZE):
-            whole = np.int32(2) * dots[i, t] - offset
-            scratch.weights[t] = np.float32(np.int32(whole)) * unit
-        scratch.fades[i] = _advance(scratch, row, view, start)
-        set_weights(mixing, i, scratch.weights)
-    dot_rows(geo.value_bits, values, mixing, 0, count, dots, geo.dim)
+        scale_dots(
+            at.dots + 4 * stride * i, at.key_scales, at.weights + size * i,
+            get(queries.unit, row) * key_unit, get_int(queries.offset, row), get(at.bias, row),
+        )  # fmt: skip
     for i in range(count):
-        mixed = scratch.mixed[first + i]
-        fade = scratch.fades[i]
-        unit = mixing.unit[i] * table.half_step[1]
-        offset = mixing.offset[i]
-        for j in range(geo.dim):
-            whole = np.int32(2) * dots[i, j] - offset
-            mixed[j] = mixed[j] * fade + np.float32(np.int32(whole)) * unit
+        _look(at.weights + size * i, view, first + i, start)
+    for i in range(count):
+        put(at.fades, i, _weigh(at, at.weights + size * i, first + i))
+    for i in range(count):
+        set_tile(mixing, i, at.weights + size * i, at.value_scales)
+    dot_rows(geo.value_bits, values, mixing, (0, count), at.dots, geo.dim, stride)
+    for i in range(count):
+        accumulate(
+            at.dots + 4 * stride * i, at.mixed + 4 * geo.dim * (first + i), geo.dim,
+            get(mixing.unit, i) * value_unit, get_int(mixing.offset, i), get(at.fades, i),
+        )  # fmt: skip
+
+
+@kernel
+def _absorb_codes(
+    geo: Any, units: Any, places: Any, head: int, rows: int, at: Any, view: Any, start: int
+) -> None:
+    """Adds one head of a block. units: half steps of keys and values; places: addresses of the
+    block, and of the one that is read next."""
+    here, there = places
+    keys, values = plane_at(geo, 0, head), plane_at(geo, 1, head)
+    key_scales = geo.key_scales + head * BLOCK_SIZE * 2
+    value_scales = geo.value_scales + head * BLOCK_SIZE * 2
+    widen_halves(here + key_scales, at.key_scales)
+    widen_halves(here + value_scales, at.value_scales)
+    fetch_halves(there + key_scales)
+    fetch_halves(there + value_scales)
+    planes = (here + keys, there + keys), (here + values, there + values), units[0], units[1]
+    for first in range(0, rows, ROWS):
+        _absorb_rows(geo, planes, at, (first, min(ROWS, rows - first)), view, start)
 
 
 @kernel
 def absorb(
-    geo: Any, table: Any, pool: Any, block: int, head: int, rows: int, scratch: Any, view: Any,
-    start: int,
+    geo: Any, table: Any, pool: Any, blocks: Any, starts: Any, head: int, rows: int, scratch: Any,
+    view: Any,
 ) -> None:  # fmt: skip
-    """Adds one KV head of a sealed block, whose first token is at `start`, to every row's state."""
-    read_tile(geo, pool, block, head, scratch)
-    if geo.key_bits <= 8:
-        for first in range(0, rows, ROWS):
-            count = min(ROWS, rows - first)
-            _absorb_codes(geo, table, pool.octets[block], head, scratch, first, count, view, start)
-    else:
-        for row in range(rows):
-            _absorb_floats(scratch, row, view, start)
+    """Adds one KV head of sealed blocks, their first tokens at `starts`, to every row's state."""
+    at, stride = scratch.at, pool.octets.shape[1]
+    base = pool.octets.ctypes.data
+    units = table.half_step[0], table.half_step[1]
+    for b in range(blocks.size):
+        start = starts[b]
+        newest = start + BLOCK_SIZE
+        if view.window > 0 and newest <= view.query - view.window + 1 and start >= view.kept:
+            continue  # out of the first query's window, and so of all
+        if geo.key_bits <= 8:
+            following = blocks[min(b + 1, blocks.size - 1)]
+            places = base + blocks[b] * stride, base + following * stride
+            _absorb_codes(geo, units, places, head, rows, at, view, start)
+        else:
+            read_floats(geo, pool, blocks[b], head, scratch)
+            for row in range(rows):
+                _absorb_floats(scratch, row, view, start)
 
 
 @kernel
 def start_row(geo: Any, table: Any, query: Any, center: Any, scratch: Any, row: int) -> None:
-    """Scales one query, rotates it if the keys are, and empties its state."""
+    """Scales one query, rotates it if the keys are, and empties its state.
+
+    Scores are kept times log2(e), so that a softmax takes powers of two.
+    """
     own = scratch.queries[row]
-    scale = np.float32(1.0 / np.sqrt(geo.dim))
+    norm = np.float32(1.0 / np.sqrt(geo.dim))
+    scale = norm * LOG2E
     bias = _ZERO
     for j in range(geo.dim):
         own[j] = query[j] * scale
@@ -210,9 +216,9 @@ def start_row(geo: Any, table: Any, query: Any, center: Any, scratch: Any, row: 
             own[j] = own[j] * table.signs[j]
         hadamard(own, table.base)
         for j in range(geo.dim):
-            own[j] = own[j] * scale  # 1/sqrt(dim) again, H's own norm
-        set_weights(scratch.rounded, row, own)
-    scratch.bias[row] = bias
+            own[j] = own[j] * norm  # of H
+        set_weights(scratch.at.queries, row, own.ctypes.data)
+    put(scratch.at.bias, row, bias)
     scratch.peak[row] = _NEVER
     scratch.total[row] = _ZERO
     scratch.mixed[row, :] = _ZERO
@@ -243,14 +249,14 @@ def absorb_tail(
     """Adds the first `count` tokens of the tile's keys and values [64, dim], which are in K's and
     V's own space, to a row whose sum is in V's own space. start: position of the first."""
     own = scratch.queries[row]
-    scale = np.float32(1.0 / np.sqrt(own.size))
+    scale = np.float32(1.0 / np.sqrt(own.size)) * LOG2E
     for j in range(own.size):
         own[j] = query[j] * scale
     _score(own, scratch.keys, scratch.weights)
-    _look(scratch.weights, view, row, start)
+    _look(scratch.at.weights, view, row, start)
     for t in range(count, BLOCK_SIZE):
         scratch.weights[t] = _NEVER
-    fade = _weigh(scratch, row)
+    fade = _weigh(scratch.at, scratch.at.weights, row)
     mixed = scratch.mixed[row]
     for j in range(mixed.size):
         mixed[j] = mixed[j] * fade
@@ -260,22 +266,23 @@ def absorb_tail(
 @kernel
 def attend(
     geo: Any, table: Any, pool: Any, blocks: Any, tail: Any, centers: Any,
-    queries: Any, first: int, scratch: Any, out: Any,
+    queries: Any, first: int, scratch: Any, out: Any, heads: Any,
 ) -> None:  # fmt: skip
     """Attends queries [n, query heads, dim], n <= 64, that lie in one block.
 
     blocks: int32 [any], the sealed blocks before theirs; tail: fp32 [2, 64, heads, dim], filled up
-    to the last query; first: the first query's place in its block; out: like queries.
+    to the last query; first: the first query's place in its block; out: like queries; heads: the
+    first KV head to attend with, and the end.
     """
     group = queries.shape[1] // geo.heads
     count = queries.shape[0]
-    for head in range(geo.heads):
+    starts = np.zeros(blocks.size, np.int64)  # PLAIN does not look at them
+    for head in range(heads[0], heads[1]):
         for i in range(count):
             for g in range(group):
                 query = queries[i, head * group + g]
                 start_row(geo, table, query, centers[0, head], scratch, i * group + g)
-        for block in blocks:
-            absorb(geo, table, pool, block, head, count * group, scratch, PLAIN, 0)
+        absorb(geo, table, pool, blocks, starts, head, count * group, scratch, PLAIN)
         read_tail(tail, head, first + count, scratch)
         values = tail[1, :, head, :]
         for i in range(count):

@@ -7,25 +7,32 @@ last, then the tail: so a result depends on the sequence alone, not on threads o
 """
 
 import itertools
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kvmesh.kernels.cpu.attend import View, absorb, absorb_tail, read_tail, start_row, unrotate
+from kvmesh.kernels.cpu.attend import (
+    LOG2E,
+    View,
+    absorb,
+    absorb_tail,
+    read_tail,
+    start_row,
+    unrotate,
+)
 from kvmesh.kernels.cpu.decode_inputs import Cache, Masking, Queries, checked
-from kvmesh.kernels.cpu.jit import entry, exp
+from kvmesh.kernels.cpu.jit import entry
+from kvmesh.kernels.cpu.lanes import exp2
+from kvmesh.kernels.cpu.threads import run_parts
 from kvmesh.kernels.cpu.tile import Pool, geometry, make_scratch, tables
-from kvmesh.kernels.layout import BLOCK_SIZE
 from kvmesh.kernels.merge import Partial
 
 SPLIT_BLOCKS = 64  # part of the result: another size adds up in another order
 _NEVER = np.float32(-np.inf)
 _ZERO = np.float32(0.0)
+_LN2 = np.float32(np.log(2))
 
 Floats = npt.NDArray[np.float32]
 
@@ -51,7 +58,7 @@ def attend_decode(
     )
     pool = Pool(cache.blocks, cache.blocks.view(np.uint16), cache.blocks.view(np.float32))
     geo, table = geometry(layout, cache.layer), tables(layout, cache.layer)
-    options = (np.float32(masking.soft_cap), masking.window, masking.kept)
+    options = (np.float32(masking.soft_cap) * LOG2E, masking.window, masking.kept)
 
     def run(first: int, end: int) -> None:
         _run_items(
@@ -59,7 +66,7 @@ def attend_decode(
             parts.slice(first, end),
         )  # fmt: skip
 
-    _spread(run, items, threads)
+    run_parts(run, _parts_of(items, threads))
     found = Partial(
         np.empty(plan.q.shape, np.float32),
         np.empty((sequences, n, heads), np.float32),
@@ -67,7 +74,7 @@ def attend_decode(
     )
     sinks = np.full(heads, _NEVER) if masking.sinks is None else masking.sinks
     _merge_items(
-        geo, table, cache.centers, items, parts.arrays, sinks.astype(np.float32),
+        geo, table, cache.centers, items, parts.arrays, sinks.astype(np.float32) * LOG2E,
         (found.output, found.max, found.log_sum),
     )  # fmt: skip
     return found
@@ -105,24 +112,12 @@ def _items(
     return np.array(rows, np.int64).reshape(-1, 4)
 
 
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Kept for the life of the process: starting a thread costs more than a small decode."""
-    return ThreadPoolExecutor(threads, "kvmesh-attend")
-
-
-def _spread(run: Callable[[int, int], None], items: npt.NDArray[np.int64], threads: int) -> None:
-    """Runs items in as many consecutive parts of like size as there are threads."""
+def _parts_of(items: npt.NDArray[np.int64], threads: int) -> list[tuple[int, int]]:
+    """[first, end) of consecutive items, as much work in each as in the others."""
     work = np.cumsum(items[:, 3] - items[:, 2] + 1)
     wanted = work[-1] * np.arange(1, threads) / threads
     cuts = [0, *(np.searchsorted(work, wanted) + 1).tolist(), len(items)]
-    ranges = [(a, b) for a, b in itertools.pairwise(cuts) if a < b]
-    waiting = [_pool(threads - 1).submit(run, *part) for part in ranges[1:]]
-    try:
-        run(*ranges[0])
-    finally:
-        for one in waiting:
-            one.result()
+    return [(a, b) for a, b in itertools.pairwise(cuts) if a < b]
 
 
 @entry
@@ -143,12 +138,11 @@ def _run_items(
                 start_row(
                     geo, table, q[s, i, head * group + g], centers[0, head], scratch, i * group + g
                 )
-        for b in range(first, end):
-            start = starts[s, b]
-            newest = start + BLOCK_SIZE
-            if window > 0 and newest <= positions[s] - window + 1 and start >= kept:
-                continue  # out of the first query's window, and so of all
-            absorb(geo, table, pool, blocks[s, b], head, n * group, scratch, view, start)
+        if end > first:
+            absorb(
+                geo, table, pool, blocks[s, first:end], starts[s, first:end], head, n * group,
+                scratch, view,
+            )  # fmt: skip
         if first < 0 and tail_counts[s] > 0:
             count = tail_counts[s]
             read_tail(tails[s], head, count, scratch)
@@ -185,7 +179,7 @@ def _merge_items(
                 top = max(top, peak[item, row])
             out = output[s, i, at]
             out[:] = _ZERO
-            largest[s, i, at] = top
+            largest[s, i, at] = top * _LN2
             log_sum[s, i, at] = _ZERO
             if top == _NEVER:
                 continue
@@ -193,7 +187,7 @@ def _merge_items(
             for item in range(begin, end):
                 if peak[item, row] == _NEVER:
                     continue
-                share = exp(peak[item, row] - top)
+                share = exp2(peak[item, row] - top)
                 if items[item, 2] < 0:  # the tail, last of all, is in V's own space
                     unrotate(geo, table, centers[1, head], out, weight)
                 weight += share * total[item, row]
@@ -202,7 +196,7 @@ def _merge_items(
             if items[end - 1, 2] >= 0 or peak[end - 1, row] == _NEVER:
                 unrotate(geo, table, centers[1, head], out, weight)
             if sinks[at] > _NEVER:
-                weight += exp(sinks[at] - top)
+                weight += exp2(sinks[at] - top)
             for j in range(geo.dim):
                 out[j] /= weight
             log_sum[s, i, at] = np.log(weight)

@@ -1,8 +1,8 @@
 """The loop around simd.py's primitives: out[r, lane] of all lanes of one head's plane."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils as untyped_cgutils
@@ -11,24 +11,21 @@ from numba.extending import intrinsic
 from kvmesh.kernels import codebook
 from kvmesh.kernels.cpu import simd
 from kvmesh.kernels.cpu.jit import kernel
+from kvmesh.kernels.cpu.lanes import round_row, round_tile
 
 cgutils: Any = untyped_cgutils
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 WIDTHS = (2, 3, 4, 8)
 
-_LARGEST = np.float32(simd.LARGEST)
-_UNIT = np.float32(1 / simd.LARGEST)
-_SMALLEST = np.float32(2.0**-100)  # rows below are zeros
-_SPLIT = simd.PATHS[simd.CHOSEN].split
-_ROUND = np.float32(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to an integer
-
 
 class _Loop:
     """Emits the body of one function: the codes' width, rows and the instruction set are fixed."""
 
     def __init__(self, path: simd.Portable, bits: int, rows: int, function: Any) -> None:
-        codes, wide, high, low, out, self.length, self.lanes, self.o_stride = function.args
+        codes, wide, high, low, out, self.length, self.lanes, self.o_stride, self.next = (
+            function.args
+        )
         self.path, self.bits, self.rows = path, bits, rows
         self.b = ir.IRBuilder(function.append_basic_block())
         self.codes, self.wide = self._pointer(codes, _I8), self._pointer(wide, _I16)
@@ -37,10 +34,9 @@ class _Loop:
         self.vector = ir.VectorType(_I32, path.lanes)
         self.width = 2 if bits == 3 else bits
         self.fields = 8 // self.width
+        self.grid: list[int] = []
         if bits < 8:
-            grid = [*map(int, codebook.grid(bits))]
-            grid = (grid * 16)[:16]
-            self.table = ir.Constant(ir.VectorType(_I8, 16), [_I8(u) for u in grid])
+            self.grid = ([*map(int, codebook.grid(bits))] * 16)[:16]
 
     def _pointer(self, address: Any, kind: Any) -> Any:
         return self.b.inttoptr(address, kind.as_pointer())
@@ -53,65 +49,105 @@ class _Loop:
         return ir.Constant(self.vector, [_I32(value)] * self.path.lanes)
 
     def _field(self, word: Any, shift: int, mask: int) -> Any:
-        """Bits of every byte, moved down by shift (up if negative)."""
-        if shift > 0:
+        """Bits of every byte, moved down by shift."""
+        if shift:
             word = self.b.lshr(word, self._constant(shift))
-        elif shift < 0:
-            word = self.b.shl(word, self._constant(-shift))
         return self.b.and_(word, self._constant(mask * 0x01010101))
 
-    def _octets(self, word: Any, signs: Any, k: int) -> Any:
-        """u of four consecutive elements in each lane."""
+    def _lookup(self, table: list[int], index: Any) -> Any:
         octets = ir.VectorType(_I8, 4 * self.path.lanes)
-        if self.bits == 8:
-            return self.b.bitcast(word, octets)
-        index = self._field(word, k * self.width, (1 << self.width) - 1)
-        if signs is not None:
-            index = self.b.or_(index, self._field(signs, k - 2, 4))
-        return self.path.lookup(self.b, self.table, self.b.bitcast(index, octets))
+        constant = ir.Constant(ir.VectorType(_I8, 16), [_I8(x) for x in table])
+        return self.path.lookup(self.b, constant, self.b.bitcast(index, octets))
 
-    def _word(self, number: Any, first: Any, sums: list[Any]) -> None:
-        """Adds one row of words. first: the group's first lane; sums: allocas, by row."""
-        b, path = self.b, self.path
-        four = _I64(4)
-        at = b.mul(b.add(b.mul(number, self.lanes), first), four)
-        word, signs = self._load(at), None
+    def _octets(self, word: Any, signs: Any) -> Iterator[tuple[int, Any]]:
+        """Fields of a word: the number of each, and u of its four elements in each lane.
+
+        A lookup takes the low four bits of an index and minds only that the highest is clear. So
+        two fields of 2 bits share one mask, and of 3 bits one more lookup, which spreads the signs.
+        """
+        if self.bits == 8:
+            yield 0, self.b.bitcast(word, ir.VectorType(_I8, 4 * self.path.lanes))
+        elif self.bits == 4:
+            for k in (0, 1):
+                yield k, self._lookup(self.grid, self._field(word, 4 * k, 0x0F))
+        else:
+            for k in (0, 1):
+                pair = self._field(word, 2 * k, 0x33)
+                if signs is not None:
+                    spread = [(i >> k & 1) << 2 | (i >> k & 4) << 4 for i in range(16)]
+                    found = self._lookup(spread, signs)
+                    pair = self.b.or_(pair, self.b.bitcast(found, self.vector))
+                yield k, self._lookup(self.grid, pair)
+                yield k + 2, self._lookup(self.grid, self.b.lshr(pair, self._constant(4)))
+
+    def _words(self, number: Any, firsts: list[Any]) -> list[tuple[Any, Any]]:
+        """One row of words of every group, and their signs (3 bits only)."""
+        b, four = self.b, _I64(4)
+        rows = [b.mul(b.add(b.mul(number, self.lanes), first), four) for first in firsts]
+        words = [self._load(at) for at in rows]
+        if self.bits != 3:
+            return [(word, None) for word in words]
+        border = b.udiv(b.mul(self.length, self.lanes), four)
+        start = b.add(border, b.mul(b.mul(b.lshr(number, _I64(1)), self.lanes), four))
+        shift = b.trunc(b.mul(b.and_(number, _I64(1)), four), _I32)
+        shift = simd.splat(b, shift, self.path.lanes)
+        pairs = [b.add(start, b.mul(first, four)) for first in firsts]
+        signs = [self._field(b.lshr(self._load(at), shift), 0, 0x0F) for at in pairs]
+        return [*zip(words, signs, strict=True)]
+
+    def _prefetch(self, number: Any, first: Any) -> None:
+        """Asks for the next plane's lines that lie where this one's words do."""
+        b, four = self.b, _I64(4)
+        simd.prefetch(b, b.add(self.next, b.mul(b.add(b.mul(number, self.lanes), first), four)))
         if self.bits == 3:
+            signs = b.add(b.mul(b.lshr(number, _I64(1)), self.lanes), first)
             border = b.udiv(b.mul(self.length, self.lanes), four)
-            pair = b.mul(b.add(b.mul(b.lshr(number, _I64(1)), self.lanes), first), four)
-            shift = b.trunc(b.mul(b.and_(number, _I64(1)), four), _I32)
-            signs = b.lshr(self._load(b.add(border, pair)), simd.splat(b, shift, path.lanes))
-        for k in range(self.fields):
-            octets = path.widen(b, self._octets(word, signs, k))
+            simd.prefetch(b, b.add(b.add(self.next, border), b.mul(signs, four)))
+
+    def _row_of_words(self, number: Any, firsts: list[Any], sums: list[list[list[Any]]]) -> None:
+        """Adds one row of words. firsts: each group's first lane; sums: allocas, by group, row."""
+        b, path = self.b, self.path
+        words = self._words(number, firsts)
+        self._prefetch(number, firsts[0])
+        for fields in zip(*(self._octets(*both) for both in words), strict=True):
+            k, octets = fields[0][0], [x for _, x in fields]
             element = b.add(b.mul(number, _I64(4 * self.fields)), _I64(4 * k))
-            for r in range(self.rows):
-                place = b.add(element, b.mul(self.length, _I64(r)))
-                weights = path.weights(b, self.wide, (self.high, self.low), place)
-                before = [b.load(x) for x in sums[r]]
-                for x, value in zip(sums[r], path.add(b, before, octets, weights), strict=True):
-                    b.store(value, x)
+            for half in range(path.halves):
+                parts = [path.half(b, x, half) for x in octets]
+                for r in range(self.rows):
+                    place = b.add(element, b.mul(self.length, _I64(r)))
+                    weights = path.weights(b, self.wide, (self.high, self.low), place, half)
+                    for own, part in zip(sums, parts, strict=True):
+                        before = [b.load(x) for x in own[r]]
+                        after = path.add(b, before, part, weights)
+                        for x, value in zip(own[r], after, strict=True):
+                            b.store(value, x)
 
     def emit(self) -> None:
-        """One group of lanes after another, all words of it: the sums stay in registers."""
+        """Some groups of lanes after others, all words of them: the sums stay in registers."""
         b, path = self.b, self.path
         words = b.udiv(self.length, _I64(4 * self.fields))
-        groups = b.udiv(self.lanes, _I64(path.lanes))
+        width = path.groups * path.lanes
         sums = [
-            [cgutils.alloca_once(b, self.vector) for _ in range(path.sums)]
-            for _ in range(self.rows)
+            [
+                [cgutils.alloca_once(b, self.vector) for _ in range(path.sums)]
+                for _ in range(self.rows)
+            ]
+            for _ in range(path.groups)
         ]
-        with cgutils.for_range(b, groups) as group:
-            first = b.mul(group.index, _I64(path.lanes))
-            for row in sums:
-                for x in row:
-                    b.store(self._constant(0), x)
+        with cgutils.for_range(b, b.udiv(self.lanes, _I64(width))) as step:
+            first = b.mul(step.index, _I64(width))
+            firsts = [b.add(first, _I64(path.lanes * i)) for i in range(path.groups)]
+            for x in (x for group in sums for row in group for x in row):
+                b.store(self._constant(0), x)
             with cgutils.for_range(b, words) as word:
-                self._word(word.index, first, sums)
-            for r, row in enumerate(sums):
-                total = path.total(b, [b.load(x) for x in row])
-                at = b.add(first, b.mul(self.o_stride, _I64(r)))
-                place = b.bitcast(b.gep(self.out, [at]), self.vector.as_pointer())
-                b.store(total, place, align=4)
+                self._row_of_words(word.index, firsts, sums)
+            for group, first in zip(sums, firsts, strict=True):
+                for r, row in enumerate(group):
+                    total = path.total(b, [b.load(x) for x in row])
+                    at = b.add(first, b.mul(self.o_stride, _I64(r)))
+                    place = b.bitcast(b.gep(self.out, [at]), self.vector.as_pointer())
+                    b.store(total, place, align=4)
         b.ret_void()
 
 
@@ -119,12 +155,12 @@ def dot_function(module: Any, path: simd.Portable, bits: int, rows: int) -> Any:
     """A module's function for one width and number of rows: compiled once, never inlined.
 
     Its arguments, int64: addresses of codes, weights, high and low bytes, out; length, lanes,
-    elements between rows of out.
+    elements between rows of out; address of the plane that is read next.
     """
     name = f"kvmesh_dot_{path.name}_{bits}_{rows}"
     if name in module.globals:
         return module.globals[name]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_I64] * 8), name)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_I64] * 9), name)
     function.linkage = "linkonce_odr"
     function.attributes.add("noinline")
     _Loop(path, bits, rows, function).emit()
@@ -133,7 +169,7 @@ def dot_function(module: Any, path: simd.Portable, bits: int, rows: int) -> Any:
 
 def _emit_rows(builder: Any, path: simd.Portable, bits: int, arguments: Any) -> None:
     """Calls the largest function that the rows left have work for, until none is left."""
-    codes, wide, high, low, out, count, length, lanes, stride = arguments
+    codes, wide, high, low, out, count, length, lanes, stride, following = arguments
     done = cgutils.alloca_once_value(builder, _I64(0))
     for rows in (4, 2, 1):
         loop = builder.append_basic_block()
@@ -153,7 +189,7 @@ def _emit_rows(builder: Any, path: simd.Portable, bits: int, arguments: Any) -> 
             builder.add(out, builder.mul(builder.mul(at, stride), _I64(4))),
         )
         function = dot_function(builder.module, path, bits, rows)
-        builder.call(function, [codes, *places, length, lanes, stride])
+        builder.call(function, [codes, *places, length, lanes, stride, following])
         builder.store(builder.add(at, _I64(rows)), done)
         builder.branch(loop)
         builder.position_at_end(after)
@@ -177,18 +213,19 @@ def make_dot(path: str) -> Any:
     """A Numba function of addresses and sizes (int64), see simd.py for what it computes.
 
     (bits, codes, weights i16, their high bytes, their low bytes, out i32, count of rows, length,
-    lanes, elements between rows of out); writes count * lanes of out.
+    lanes, elements between rows of out, address of the plane that is read next, which comes into
+    the cache meanwhile); writes count * lanes of out.
     """
 
     def dot(
         typing_context: Any, bits: Any, codes: Any, wide: Any, high: Any, low: Any, out: Any,
-        count: Any, length: Any, lanes: Any, stride: Any,
+        count: Any, length: Any, lanes: Any, stride: Any, following: Any,
     ) -> Any:  # fmt: skip
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             emit_dot(builder, simd.PATHS[path], arguments)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 10), emit
+        return types.void(*[types.int64] * 11), emit
 
     return intrinsic(dot)
 
@@ -196,68 +233,50 @@ def make_dot(path: str) -> Any:
 _dot = make_dot(simd.CHOSEN)
 
 
-@kernel
-def dot_rows(
-    bits: int, codes: int, weights: Any, first: int, count: int, out: Any, lanes: int
-) -> None:
-    """out[r] = the dot products of rows [first, first + count) of weights.
-
-    codes: address of one head's plane; weights: Weights of rows [any, length]; out: int32
-    [at least count, at least lanes].
-    """
-    _dot(
-        bits, codes, weights.wide[first:].ctypes.data, weights.high[first:].ctypes.data,
-        weights.low[first:].ctypes.data, out.ctypes.data, count, weights.wide.shape[1], lanes,
-        out.shape[1],
-    )  # fmt: skip
-
-
 class Weights(NamedTuple):
-    """Rows of 16-bit weights: round(x * LARGEST / largest |x| of the row)."""
+    """Where rows of 16-bit weights lie: round(x * LARGEST / largest |x| of the row). Addresses."""
 
     wide: Any  # int16 [rows, length], each four in the order of simd.ORDER
     high: Any  # int8 [rows, length], wide = 256 high + low; only where the path splits weights
     low: Any  # int8 [rows, length]
     unit: Any  # fp32 [rows], what a weight of one stands for
     offset: Any  # int32 [rows], 255 times the row's sum
+    length: Any  # int64
 
 
 @kernel
-def make_weights(rows: int, length: int) -> Any:
-    return Weights(
-        np.empty((rows, length), np.int16),
-        np.empty((rows, length), np.int8),
-        np.empty((rows, length), np.int8),
-        np.empty(rows, np.float32),
-        np.empty(rows, np.int32),
-    )
+def set_weights(weights: Any, row: int, x: int) -> None:
+    """Rounds fp32 [length] at an address, length a multiple of 8, into a row."""
+    first = row * weights.length
+    round_row(
+        x, weights.length, weights.wide + 2 * first, weights.high + first, weights.low + first,
+        weights.unit + 4 * row, weights.offset + 4 * row,
+    )  # fmt: skip
 
 
 @kernel
-def set_weights(weights: Any, row: int, x: Any) -> None:
-    """Rounds fp32 [length], length a multiple of 4, into a row.
+def set_tile(weights: Any, row: int, x: int, scales: int) -> None:
+    """Rounds the products of two fp32 [64] at addresses into a row of that length."""
+    first = row * weights.length
+    round_tile(
+        x, scales, weights.wide + 2 * first, weights.high + first, weights.low + first,
+        weights.unit + 4 * row, weights.offset + 4 * row,
+    )  # fmt: skip
 
-    The largest is found among bit patterns, which order as sizes do: integer loops vectorise.
+
+@kernel
+def dot_rows(
+    bits: int, planes: Any, weights: Any, rows: Any, out: int, lanes: int, stride: int
+) -> None:
+    """out[r] = the dot products of `rows` (first, count) of weights.
+
+    planes: addresses of one head's plane, and of the one that is read next; out: of int32
+    [count, stride], stride at least lanes.
     """
-    most = np.int32(0)
-    for i in range(x.size):
-        most = max(most, np.float32(abs(x[i])).view(np.int32))
-    largest = np.int32(most).view(np.float32)
-    scale = _LARGEST / largest if largest > _SMALLEST else np.float32(0.0)
-    weights.unit[row] = largest * _UNIT
-    total = np.int32(0)
-    wide, high, low = weights.wide[row], weights.high[row], weights.low[row]
-    for i in range(x.size):
-        whole = np.int32((x[i] * scale + _ROUND) - _ROUND)
-        wide[i] = np.int16(whole)
-        total += whole
-    weights.offset[row] = np.int32(255) * total
-    if _SPLIT:
-        for i in range(x.size):
-            upper = (np.int32(wide[i]) + np.int32(128)) >> np.int32(8)
-            high[i] = np.int8(upper)
-            low[i] = np.int8(np.int32(wide[i]) - (upper << np.int32(8)))
-    for i in range(0, x.size, 4):  # simd.ORDER
-        second = wide[i + 1]
-        wide[i + 1] = wide[i + 2]
-        wide[i + 2] = second
+    codes, following = planes
+    first, count = rows
+    at = first * weights.length
+    _dot(
+        bits, codes, weights.wide + 2 * at, weights.high + at, weights.low + at, out, count,
+        weights.length, lanes, stride, following,
+    )  # fmt: skip

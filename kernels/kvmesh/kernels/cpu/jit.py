@@ -19,22 +19,6 @@ from kvmesh.kernels.cpu import simd
 
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
 
-_LOG2E = np.float32(1.44269504088896341)
-_LN2_HIGH = np.float32(0.693359375)
-_LN2_LOW = np.float32(-2.12194440e-4)
-_ROUND = np.float32(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds to an integer
-_SMALLEST = np.float32(-87.0)
-_P0, _P1, _P2 = (
-    np.float32(1.9875691500e-4),
-    np.float32(1.3981999507e-3),
-    np.float32(8.3334519073e-3),
-)
-_P3, _P4, _P5 = (
-    np.float32(4.1665795894e-2),
-    np.float32(1.6666665459e-1),
-    np.float32(5.0000001201e-1),
-)
-_ONE = np.float32(1.0)
 _HALF_MAX = np.float32(65504.0)
 _HALF = np.float32(0.5)
 _TO_NORMAL = np.float32(2.0**112)
@@ -85,20 +69,6 @@ def _read_cycles(typing_context: Any) -> Any:
 
 
 cycles: Any = intrinsic(_read_cycles)
-
-
-@kernel
-def exp(x: Any) -> Any:
-    """exp of an fp32 x <= 0, within 2 ulp; below -87 as at -87. Cephes' expf, branch-free.
-
-    Not libm's: that differs between machines, and keeps the loop around it from vectorising.
-    """
-    x = max(x, _SMALLEST)
-    n = (x * _LOG2E + _ROUND) - _ROUND
-    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
-    p = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
-    power = np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-    return (p * (r * r) + r + _ONE) * power
 
 
 @kernel

@@ -273,28 +273,32 @@ def _write_floats(pool: Any, block: int, offset: int, bits: int, rows: Any) -> N
 
 
 @kernel
-def _finite(tail: Any) -> Any:
-    flat = tail.reshape(tail.size).view(np.int32)
+def _finite(tail: Any, heads: Any) -> Any:
     most = _NO
-    for i in range(flat.size):
-        most = max(most, flat[i] & _SIZE)
+    for kind in range(2):
+        for t in range(BLOCK_SIZE):
+            flat = tail[kind, t, heads[0] : heads[1]].reshape(-1).view(np.int32)
+            for i in range(flat.size):
+                most = max(most, flat[i] & _SIZE)
     return most < _INFINITE
 
 
 @kernel
-def seal_layer(geo: Any, table: Any, pool: Any, block: int, tail: Any, centers: Any) -> bool:
-    """Seals one layer of one full block.
+def seal_layer(
+    geo: Any, table: Any, pool: Any, block: int, tail: Any, centers: Any, heads: Any
+) -> bool:
+    """Seals some heads of one layer of one full block.
 
-    tail: fp32 [2, 64, heads, dim]; centers: fp32 [2, heads, dim]. Returns False, and leaves the
-    block as it was, if the tail holds a NaN or an infinity.
+    tail: fp32 [2, 64, heads, dim]; centers: fp32 [2, heads, dim]; heads: the first to seal, and
+    the end. Returns False, and leaves them as they were, if one holds a NaN or an infinity.
     """
-    if not _finite(tail):
+    if not _finite(tail, heads):
         return False
     space = make_space(geo.dim)
     for kind in range(2):
         bits = geo.value_bits if kind else geo.key_bits
         scales_at = (geo.value_scales if kind else geo.key_scales) // 2
-        for head in range(geo.heads):
+        for head in range(heads[0], heads[1]):
             at = plane_at(geo, kind, head)
             if bits > 8:
                 rows = tail[kind, :, head, :]

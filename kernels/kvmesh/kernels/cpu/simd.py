@@ -30,38 +30,51 @@ def _shuffle(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(order)), order))
 
 
+def prefetch(builder: Any, address: Any) -> None:
+    """Asks for the cache line at an int64 address, to read it soon."""
+    kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
+    fetch = builder.module.declare_intrinsic("llvm.prefetch", [_I8.as_pointer()], kind)
+    place = builder.inttoptr(address, _I8.as_pointer())
+    builder.call(fetch, [place, _I32(0), _I32(3), _I32(1)])  # to read, keep, data
+
+
 class Portable:
     """Generic vector IR: LLVM makes of it what the CPU has."""
 
     name = "portable"
     lanes = 8
+    groups = 2  # of lanes that share the loads of weights; all lanes are a multiple of 16
     sums = 1  # accumulators of each row
+    halves = 1  # parts that a register of octets is multiplied in
     split = False  # whether it takes weights as high and low bytes
 
     def lookup(self, builder: Any, table: Any, index: Any) -> Any:
-        """The table's byte for each byte of index, all below 16."""
+        """The table's byte for the low four bits of each byte of index, whose highest is clear."""
+        index = builder.and_(index, ir.Constant(index.type, [_I8(15)] * (4 * self.lanes)))
         out = ir.Constant(index.type, ir.Undefined)
         for i in range(4 * self.lanes):
             at = builder.zext(builder.extract_element(index, _I32(i)), _I32)
             out = builder.insert_element(out, builder.extract_element(table, at), _I32(i))
         return out
 
-    def widen(self, builder: Any, octets: Any) -> Any:
+    def half(self, builder: Any, octets: Any, number: int) -> Any:
+        """Some elements of every word, as `add` multiplies them."""
         return builder.zext(octets, ir.VectorType(_I32, 4 * self.lanes))
 
-    def weights(self, builder: Any, wide: Any, high_low: Any, at: Any) -> Any:
-        """Four weights for each lane. wide: i16*; high_low: (i8*, i8*); at: index of the first."""
+    def weights(self, builder: Any, wide: Any, high_low: Any, at: Any, half: int) -> Any:
+        """Weights of a half, for each lane. wide: i16*; high_low: (i8*, i8*); at: index of the
+        first of the word's four."""
         four = builder.load(
             builder.bitcast(builder.gep(wide, [at]), ir.VectorType(_I16, 4).as_pointer()), align=2
         )
         four = builder.sext(four, ir.VectorType(_I32, 4))
         return _shuffle(builder, four, four, [ORDER[i % 4] for i in range(4 * self.lanes)])
 
-    def add(self, builder: Any, sums: list[Any], octets: Any, weights: Any) -> list[Any]:
-        product = builder.mul(octets, weights)
+    def add(self, builder: Any, sums: list[Any], part: Any, weights: Any) -> list[Any]:
+        product = builder.mul(part, weights)
         for i in range(4):
-            part = _shuffle(builder, product, product, list(range(i, 4 * self.lanes, 4)))
-            sums = [builder.add(sums[0], part)]
+            lane = _shuffle(builder, product, product, list(range(i, 4 * self.lanes, 4)))
+            sums = [builder.add(sums[0], lane)]
         return sums
 
     def total(self, builder: Any, sums: list[Any]) -> Any:
@@ -77,6 +90,7 @@ class Avx2(Portable):
     """
 
     name = "avx2"
+    halves = 2
 
     def lookup(self, builder: Any, table: Any, index: Any) -> Any:
         kind = ir.VectorType(_I8, 32)
@@ -85,28 +99,27 @@ class Avx2(Portable):
         name = "llvm.x86.avx2.pshuf.b"
         return builder.call(_declare(builder, name, call), [both, index])
 
-    def widen(self, builder: Any, octets: Any) -> Any:
-        """Elements 0 and 2 of every word, and 1 and 3, as 16-bit integers."""
+    def half(self, builder: Any, octets: Any, number: int) -> Any:
+        """Elements 0 and 2 of every word, or 1 and 3, as 16-bit integers."""
         kind = ir.VectorType(_I16, 16)
         pairs = builder.bitcast(octets, kind)
-        low = builder.and_(pairs, ir.Constant(kind, [_I16(255)] * 16))
-        return [low, builder.lshr(pairs, ir.Constant(kind, [_I16(8)] * 16))]
+        if number == 0:
+            return builder.and_(pairs, ir.Constant(kind, [_I16(255)] * 16))
+        return builder.lshr(pairs, ir.Constant(kind, [_I16(8)] * 16))
 
-    def weights(self, builder: Any, wide: Any, high_low: Any, at: Any) -> Any:
-        halves = []
-        for start in (0, 2):
-            place = builder.gep(wide, [builder.add(at, _I64(start))])
-            pair = builder.load(builder.bitcast(place, _I32.as_pointer()), align=2)
-            halves.append(builder.bitcast(splat(builder, pair, 8), ir.VectorType(_I16, 16)))
-        return halves
+    def weights(self, builder: Any, wide: Any, high_low: Any, at: Any, half: int) -> Any:
+        place = builder.gep(wide, [builder.add(at, _I64(2 * half))])
+        pair = builder.load(builder.bitcast(place, _I32.as_pointer()), align=2)
+        return builder.bitcast(splat(builder, pair, 8), ir.VectorType(_I16, 16))
 
-    def add(self, builder: Any, sums: list[Any], octets: Any, weights: Any) -> list[Any]:
+    def add(self, builder: Any, sums: list[Any], part: Any, weights: Any) -> list[Any]:
+        """As assembly text, because LLVM would add the products to each other first: then more of
+        them are kept than there are registers."""
         kind, half = ir.VectorType(_I32, 8), ir.VectorType(_I16, 16)
-        madd = _declare(builder, "llvm.x86.avx2.pmadd.wd", ir.FunctionType(kind, [half, half]))
-        (total,) = sums
-        for part, pair in zip(octets, weights, strict=True):
-            total = builder.add(total, builder.call(madd, [part, pair]))
-        return [total]
+        call = ir.FunctionType(ir.LiteralStructType([kind, kind]), [kind, half, half])
+        text = "vpmaddwd $4, $3, $1\n\tvpaddd $1, $0, $0"
+        both = builder.asm(call, text, "=x,=&x,0,x,x", [*sums, part, weights], False)
+        return [builder.extract_value(both, 0)]
 
 
 class Avx512(Portable):
@@ -114,6 +127,8 @@ class Avx512(Portable):
 
     name = "avx512"
     lanes = 16
+    groups = 1
+    halves = 1
     sums = 2  # of the high and of the low bytes
     split = True
 
@@ -125,10 +140,10 @@ class Avx512(Portable):
         )
         return builder.call(shuffle, [all_four, index])
 
-    def widen(self, builder: Any, octets: Any) -> Any:
+    def half(self, builder: Any, octets: Any, number: int) -> Any:
         return builder.bitcast(octets, ir.VectorType(_I32, 16))
 
-    def weights(self, builder: Any, wide: Any, high_low: Any, at: Any) -> Any:
+    def weights(self, builder: Any, wide: Any, high_low: Any, at: Any, half: int) -> Any:
         four = _I32.as_pointer()
         return [
             splat(builder, builder.load(builder.bitcast(builder.gep(x, [at]), four), align=1), 16)
@@ -141,10 +156,9 @@ class Avx512(Portable):
         call = _declare(builder, name, ir.FunctionType(kind, [kind, kind, kind]))
         return builder.call(call, [total, octets, weights])
 
-    def add(self, builder: Any, sums: list[Any], octets: Any, weights: Any) -> list[Any]:
+    def add(self, builder: Any, sums: list[Any], part: Any, weights: Any) -> list[Any]:
         return [
-            self.dot(builder, total, octets, part)
-            for total, part in zip(sums, weights, strict=True)
+            self.dot(builder, total, part, four) for total, four in zip(sums, weights, strict=True)
         ]
 
     def total(self, builder: Any, sums: list[Any]) -> Any:
@@ -195,3 +209,4 @@ def _chosen() -> str:
 
 
 CHOSEN = _chosen()
+binding.initialize_native_asmparser()  # for the lines of assembly in Avx2

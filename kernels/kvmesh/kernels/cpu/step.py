@@ -14,6 +14,7 @@ from kvmesh.kernels import block as block_bytes
 from kvmesh.kernels.cpu.attend import attend
 from kvmesh.kernels.cpu.jit import cycles, entry
 from kvmesh.kernels.cpu.seal import seal_layer
+from kvmesh.kernels.cpu.threads import run_parts, split
 from kvmesh.kernels.cpu.tile import Pool, geometry, make_scratch, tables
 from kvmesh.kernels.errors import CodecError
 from kvmesh.kernels.layout import BLOCK_SIZE, CODECS, KvLayout
@@ -58,13 +59,17 @@ def _misfit(row_start: Any, pos: Any, slot: Any, blocks: Any, rows: int, limits:
 
 @entry
 def _run(
-    geo: Any, table: Any, pool: Any, tails: Any, layer: int, plan: Any, qkv: Any, centers: Any,
-    out: Any,
+    geo: Any, table: Any, pool: Any, tails: Any, plan: Any, qkv: Any, centers: Any, out: Any,
+    part: Any,
 ) -> Any:  # fmt: skip
-    """Runs every segment. Returns (the first whose K or V could not be sealed, or -1; cycles that
-    sealing took; cycles in all)."""
+    """Runs every segment on some KV heads. part: (layer, first head, end).
+
+    Returns (the first segment whose K or V could not be sealed, or -1; cycles that sealing took;
+    cycles in all).
+    """
     row_start, pos, slot, blocks = plan
     q, k, v = qkv
+    layer, head, last = part
     began = cycles()
     sealing = began - began
     most = 0
@@ -81,15 +86,16 @@ def _run(
             before = at // BLOCK_SIZE
             count = min(BLOCK_SIZE - first, row_start[s + 1] - row)
             end = row + count
-            tail[0, first : first + count] = k[row:end]
-            tail[1, first : first + count] = v[row:end]
+            tail[0, first : first + count, head:last] = k[row:end, head:last]
+            tail[1, first : first + count, head:last] = v[row:end, head:last]
             attend(
                 geo, table, pool, blocks[s, :before], tail, centers, q[row:end], first, scratch,
-                out[row:end],
+                out[row:end], (head, last),
             )  # fmt: skip
             if first + count == BLOCK_SIZE:
                 filled = cycles()
-                if not seal_layer(geo, table, pool, blocks[s, before], tail, centers):
+                block = blocks[s, before]
+                if not seal_layer(geo, table, pool, block, tail, centers, (head, last)):
                     failed = s if failed < 0 else failed
                 sealing += cycles() - filled
             row = end
@@ -106,6 +112,7 @@ def run_layer(
     qkv: tuple[Floats, Floats, Floats],
     centers: Floats,
     out: Floats,
+    threads: int = 1,
 ) -> float:
     """Attention of one layer over every token of a step; seals the blocks that fill.
 
@@ -114,6 +121,7 @@ def run_layer(
     qkv: fp32 q [T, Hq, D], k and v [T, Hkv, D], q and k after RoPE.
     centers: fp32 [num_layers, 2, Hkv, D], the model's mean K and V; float codecs ignore them.
     out: fp32 [T, Hq, D], written; scores are scaled by 1/sqrt(D).
+    threads: share the KV heads between them; no bit depends on it.
 
     Returns the share of the time, 0 to 1, that sealing took.
 
@@ -127,13 +135,22 @@ def run_layer(
     if misfit >= 0:
         raise ValueError(f"segment {misfit} reaches outside the rows, slots or blocks of the step")
     views = Pool(pool, pool.view(np.uint16), pool.view(np.float32))
-    failed, sealing, total = _run(
-        geometry(layout, layer), tables(layout, layer), views, tails, layer, arrays, (q, k, v),
-        centers[layer], out,
-    )  # fmt: skip
-    if failed >= 0:
-        raise CodecError(f"K or V of segment {failed}, layer {layer} holds a NaN or an infinity")
-    return sealing / total if total else 0.0
+    geo, table = geometry(layout, layer), tables(layout, layer)
+
+    def run(head: int, last: int) -> tuple[int, int, int]:
+        found: tuple[int, int, int] = _run(
+            geo, table, views, tails, arrays, (q, k, v), centers[layer], out, (layer, head, last)
+        )
+        return found
+
+    results = run_parts(run, split(layout.num_kv_heads, threads))
+    failed = [segment for segment, _, _ in results if segment >= 0]
+    if failed:
+        raise CodecError(
+            f"K or V of segment {min(failed)}, layer {layer} holds a NaN or an infinity"
+        )
+    total = sum(whole for _, _, whole in results)
+    return sum(sealing for _, sealing, _ in results) / total if total else 0.0
 
 
 def _check_shapes(
@@ -169,10 +186,60 @@ def _check_shapes(
             raise ValueError(f"{name} must be {dtype.__name__}, C-contiguous and writable")
 
 
-def finish_blocks(layout: KvLayout, pool: npt.NDArray[np.uint8], block_ids: npt.ArrayLike) -> None:
+@entry
+def _seal_part(
+    geo: Any, table: Any, pool: Any, block_ids: Any, tails: Any, centers: Any, part: Any
+) -> Any:
+    layer, first, end = part
+    for item in range(first, end):
+        number, head = item // geo.heads, item % geo.heads
+        tail = tails[number, layer]
+        if not seal_layer(
+            geo, table, pool, block_ids[number], tail, centers, (head, head + 1)
+        ):  # fmt: skip
+            return number
+    return -1
+
+
+def seal_blocks(
+    layout: KvLayout,
+    pool: npt.NDArray[np.uint8],
+    block_ids: npt.NDArray[np.int64],
+    tails: Floats,
+    centers: Floats,
+    threads: int = 1,
+) -> None:
+    """Seals full tails, fp32 [blocks, num_layers, 2, 64, Hkv, D], to rows `block_ids` of the pool;
+    `finish_blocks` is still to come. Threads share the heads of all blocks. See `run_layer`.
+
+    Raises CodecError if a tail holds a NaN or an infinity.
+    """
+    views = Pool(pool, pool.view(np.uint16), pool.view(np.float32))
+    for layer in range(layout.num_layers):
+        geo, table = geometry(layout, layer), tables(layout, layer)
+
+        def run(
+            first: int, end: int, layer: int = layer, geo: Any = geo, table: Any = table
+        ) -> int:
+            part = (layer, first, end)
+            return int(_seal_part(geo, table, views, block_ids, tails, centers[layer], part))
+
+        failed = run_parts(run, split(len(block_ids) * layout.num_kv_heads, threads))
+        if max(failed) >= 0:
+            raise CodecError(f"tail {max(failed)}, layer {layer} holds a NaN or an infinity")
+
+
+def finish_blocks(
+    layout: KvLayout, pool: npt.NDArray[np.uint8], block_ids: npt.ArrayLike, threads: int = 1
+) -> None:
     """Writes header and checksum of blocks whose layers are all sealed. block_ids: int [any]."""
-    for block_id in np.atleast_1d(np.asarray(block_ids, np.int64)):
-        block_bytes.finish(layout, pool[block_id])
+    ids = np.atleast_1d(np.asarray(block_ids, np.int64)).tolist()
+
+    def run(first: int, end: int) -> None:
+        for block_id in ids[first:end]:
+            block_bytes.finish(layout, pool[block_id])
+
+    run_parts(run, split(len(ids), threads))
 
 
 def warm() -> None:

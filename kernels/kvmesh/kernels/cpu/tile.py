@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvmesh.kernels import codebook, rotation
-from kvmesh.kernels.cpu import simd
-from kvmesh.kernels.cpu.dot import make_weights
+from kvmesh.kernels.cpu.dot import Weights
 from kvmesh.kernels.cpu.jit import from_half, kernel
+from kvmesh.kernels.cpu.simd import ROWS
 from kvmesh.kernels.layout import BLOCK_SIZE, KvLayout, plane_bytes
 
-_ONE = np.float32(1.0)
+_LINE = 64  # bytes
 
 head_bytes = kernel(plane_bytes)
 
@@ -56,24 +56,38 @@ class Pool(NamedTuple):
     floats: Any
 
 
-class Scratch(NamedTuple):
-    """Work space of one call: a tile, its scales, and the state of each query row."""
+class Places(NamedTuple):
+    """Addresses of the work space of one call, its rows those of the queries.
 
-    keys: Any  # fp32 [dim, 64]
-    values: Any  # fp32 [64, dim]
+    Loops over blocks pass these and no arrays: each array that is passed is counted, by an atomic
+    operation, and together they would cost more than the dot products.
+    """
+
+    weights: Any  # fp32 [ROWS, 64]: scores, then weights
     key_scales: Any  # fp32 [64]
     value_scales: Any  # fp32 [64]
-    weights: Any  # fp32 [64]
-    halves: Any  # fp32 [32], for a sum by halves
-    queries: Any  # fp32 [rows, dim]
     bias: Any  # fp32 [rows], the query's product with the keys' center
     peak: Any  # fp32 [rows], largest score so far
-    total: Any  # fp32 [rows], sum of exp(score - peak)
+    total: Any  # fp32 [rows], sum of 2^(score - peak)
     mixed: Any  # fp32 [rows, dim], the values' sum under those weights
-    rounded: Any  # Weights of queries [rows, dim]
+    queries: Any  # Weights of queries [rows, dim]
     mixing: Any  # Weights of values [ROWS, 64]
     fades: Any  # fp32 [ROWS]
     dots: Any  # int32 [ROWS, the larger of dim and 64]
+
+
+class Scratch(NamedTuple):
+    """Work space of one call."""
+
+    arena: Any  # uint8, what the addresses point into
+    at: Places
+    weights: Any  # fp32 [64], the first row of it
+    peak: Any
+    total: Any
+    mixed: Any
+    queries: Any  # fp32 [rows, dim]
+    keys: Any  # fp32 [dim, 64], a tile of floats
+    values: Any  # fp32 [64, dim]
 
 
 @functools.cache
@@ -114,24 +128,48 @@ def tables(layout: KvLayout, layer: int) -> Tables:
 
 
 @kernel
+def _take(free: int, count: int, size: int) -> Any:
+    """Where the next array goes, after one of `count` elements at `free`: on a cache line."""
+    return free + -(-count * size // _LINE) * _LINE
+
+
+@kernel
+def _place_weights(free: int, rows: int, length: int) -> Any:
+    wide = free
+    high = _take(wide, rows * length, 2)
+    low = _take(high, rows * length, 1)
+    unit = _take(low, rows * length, 1)
+    offset = _take(unit, rows, 4)
+    return Weights(wide, high, low, unit, offset, np.int64(length)), _take(offset, rows, 4)
+
+
+@kernel
 def make_scratch(dim: int, rows: int) -> Any:
     """Tiles start as zeros: lanes past a tail's end are computed on, then ignored."""
+    most = max(dim, BLOCK_SIZE)
+    mixed = np.empty((rows, dim), np.float32)
+    peak, total = np.empty(rows, np.float32), np.empty(rows, np.float32)
+    weights = np.empty((ROWS, BLOCK_SIZE), np.float32)
+    arena = np.empty(20 * _LINE + 4 * rows * (dim + 4) + ROWS * most * 12, np.uint8)
+    key_scales = _take(arena.ctypes.data + _LINE - 1 - (arena.ctypes.data - 1) % _LINE, 0, 1)
+    value_scales = _take(key_scales, BLOCK_SIZE, 4)
+    bias = _take(value_scales, BLOCK_SIZE, 4)
+    queries, free = _place_weights(_take(bias, rows, 4), rows, dim)
+    mixing, fades = _place_weights(free, ROWS, BLOCK_SIZE)
+    places = Places(
+        weights.ctypes.data, key_scales, value_scales, bias, peak.ctypes.data, total.ctypes.data,
+        mixed.ctypes.data, queries, mixing, fades, _take(fades, ROWS, 4),
+    )  # fmt: skip
     return Scratch(
+        arena,
+        places,
+        weights[0],
+        peak,
+        total,
+        mixed,
+        np.empty((rows, dim), np.float32),
         np.zeros((dim, BLOCK_SIZE), np.float32),
         np.zeros((BLOCK_SIZE, dim), np.float32),
-        np.empty(BLOCK_SIZE, np.float32),
-        np.empty(BLOCK_SIZE, np.float32),
-        np.empty(BLOCK_SIZE, np.float32),
-        np.empty(BLOCK_SIZE // 2, np.float32),
-        np.empty((rows, dim), np.float32),
-        np.empty(rows, np.float32),
-        np.empty(rows, np.float32),
-        np.empty(rows, np.float32),
-        np.empty((rows, dim), np.float32),
-        make_weights(rows, dim),
-        make_weights(simd.ROWS, BLOCK_SIZE),
-        np.empty(simd.ROWS, np.float32),
-        np.empty((simd.ROWS, max(dim, BLOCK_SIZE)), np.int32),
     )
 
 
@@ -171,12 +209,6 @@ def _read_floats(pool: Any, block: int, offset: int, bits: int, out: Any) -> Non
 
 
 @kernel
-def _read_scales(pool: Any, block: int, offset: int, bits: int, out: Any) -> None:
-    for t in range(BLOCK_SIZE):
-        out[t] = from_half(pool.halves[block, offset // 2 + t]) if bits <= 8 else _ONE
-
-
-@kernel
 def plane_at(geo: Any, kind: int, head: int) -> Any:
     """Where one head's codes begin, in bytes from the block's start."""
     at: int
@@ -188,13 +220,10 @@ def plane_at(geo: Any, kind: int, head: int) -> Any:
 
 
 @kernel
-def read_tile(geo: Any, pool: Any, block: int, head: int, scratch: Any) -> None:
-    """Fills the scratch scales with one KV head of a block, and the tile if it has floats."""
+def read_floats(geo: Any, pool: Any, block: int, head: int, scratch: Any) -> None:
+    """Fills the tile with one KV head of a block of floats."""
     size = BLOCK_SIZE * geo.dim
     for kind in range(2):
+        tile = (scratch.values if kind else scratch.keys).reshape(size)
         bits = geo.value_bits if kind else geo.key_bits
-        if bits > 8:
-            tile = (scratch.values if kind else scratch.keys).reshape(size)
-            _read_floats(pool, block, plane_at(geo, kind, head), bits, tile)
-        at = (geo.value_scales if kind else geo.key_scales) + head * BLOCK_SIZE * 2
-        _read_scales(pool, block, at, bits, scratch.value_scales if kind else scratch.key_scales)
+        _read_floats(pool, block, plane_at(geo, kind, head), bits, tile)

@@ -1,0 +1,165 @@
+"""Arithmetic on lanes against NumPy, and whole attention forced through each instruction set."""
+
+import os
+import subprocess
+import sys
+
+import numba
+import numpy as np
+import pytest
+
+from kvmesh.kernels.cpu import lanes, simd
+
+
+@numba.njit
+def run_all(halves, wide, scores, peak, dots, scaled):
+    lanes.widen_halves(halves.ctypes.data, wide.ctypes.data)
+    top = lanes.largest(scores.ctypes.data, peak)
+    total = lanes.exponents(scores.ctypes.data, top)
+    lanes.scale_dots(
+        dots.ctypes.data, wide.ctypes.data, scaled.ctypes.data, np.float32(0.5), np.int32(3),
+        np.float32(1.5),
+    )  # fmt: skip
+    return top, total
+
+
+@numba.njit
+def powers(x, out):
+    for i in range(x.size):
+        out[i] = lanes.exp2(x[i])
+
+
+@numba.njit
+def accumulate(dots, mixed):
+    lanes.accumulate(
+        dots.ctypes.data, mixed.ctypes.data, mixed.size, np.float32(0.25), np.int32(7),
+        np.float32(0.5),
+    )  # fmt: skip
+
+
+@numba.njit
+def rounded(x, scales, tile, wide, high, low, unit, offset):
+    if tile:
+        lanes.round_tile(
+            x.ctypes.data, scales.ctypes.data, wide.ctypes.data, high.ctypes.data,
+            low.ctypes.data, unit.ctypes.data, offset.ctypes.data,
+        )  # fmt: skip
+    else:
+        lanes.round_row(
+            x.ctypes.data, x.size, wide.ctypes.data, high.ctypes.data, low.ctypes.data,
+            unit.ctypes.data, offset.ctypes.data,
+        )  # fmt: skip
+
+
+def test_rows_of_a_tile():
+    rng = np.random.default_rng(0)
+    halves = (rng.random(64) * 10.0 ** rng.integers(-7, 4, 64)).astype(np.float16)
+    halves[:3] = 0, 6e-8, 65504
+    scores = (9 * rng.standard_normal(64)).astype(np.float32)
+    dots = rng.integers(-1000, 1000, 64).astype(np.int32)
+    wide, scaled, weights = np.zeros(64, np.float32), np.zeros(64, np.float32), scores.copy()
+    for peak in (-np.inf, 3.0, 100.0):
+        weights[:] = scores
+        top, total = run_all(halves.view(np.uint16), wide, weights, np.float32(peak), dots, scaled)
+        assert top == max(scores.max(), np.float32(peak))
+        exact = np.exp2(np.maximum(scores.astype(np.float64) - np.float64(top), -100))
+        np.testing.assert_allclose(weights, exact, rtol=3e-6)
+        halved = weights.copy()
+        while halved.size > 1:
+            halved = halved[: halved.size // 2] + halved[halved.size // 2 :]
+        assert total == halved[0]
+        alone = np.zeros(64, np.float32)
+        powers(scores - np.float32(top), alone)
+        np.testing.assert_array_equal(alone, weights)
+    np.testing.assert_array_equal(wide, halves.astype(np.float32))
+    half = (2 * dots - 3).astype(np.float32) * np.float32(0.5)
+    np.testing.assert_array_equal(scaled, np.float32(1.5) + half * wide)
+
+
+def test_powers_of_two_are_within_two_ulp():
+    x = -np.linspace(0, 99, 100_001).astype(np.float32)
+    found = np.zeros_like(x)
+    powers(x, found)
+    exact = np.exp2(x.astype(np.float64))
+    assert np.abs(found / exact - 1).max() <= 2 * 2.0**-23
+    powers(np.array([-np.inf, -1000], np.float32), found[:2])
+    assert (found[:2] == np.float32(2.0**-100)).all()
+
+
+def test_accumulate():
+    rng = np.random.default_rng(1)
+    for size in (32, 80, 256):
+        dots = rng.integers(-1000, 1000, size).astype(np.int32)
+        mixed = rng.standard_normal(size).astype(np.float32)
+        want = mixed * np.float32(0.5) + (2 * dots - 7).astype(np.float32) * np.float32(0.25)
+        accumulate(dots, mixed)
+        np.testing.assert_array_equal(mixed, want)
+
+
+@pytest.mark.parametrize("size", [32, 64, 80, 256])
+@pytest.mark.parametrize("tile", [False, True])
+def test_rounding_to_weights(size, tile):
+    size = 64 if tile else size
+    rng = np.random.default_rng(size)
+    x = rng.standard_normal(size).astype(np.float32)
+    scales = rng.random(64).astype(np.float32) if tile else np.ones(size, np.float32)
+    for factor in (np.float32(1), np.float32(2.0**-110)):
+        wide, unit, offset = np.zeros(size, np.int16), np.zeros(1, np.float32), np.zeros(1, "i4")
+        high, low = np.zeros(size, np.int8), np.zeros(size, np.int8)
+        rounded(x * factor, scales, tile, wide, high, low, unit, offset)
+        product = x * factor * scales
+        whole = wide.reshape(-1, 4)[:, np.argsort(simd.ORDER)].reshape(-1).astype(np.int32)
+        assert offset[0] == 255 * whole.sum()
+        if factor < 1:
+            assert not whole.any()  # too small to matter: zeros
+            continue
+        assert np.abs(whole).max() == simd.LARGEST
+        np.testing.assert_allclose(whole * unit[0], product, atol=0.51 * float(unit[0]))
+        if simd.PATHS[simd.CHOSEN].split:
+            np.testing.assert_array_equal(256 * high.astype(np.int32) + low, whole)
+
+
+_WHOLE = """
+import hashlib, numpy as np
+from kvmesh.kernels import reference
+from kvmesh.kernels.cpu.decode import attend_decode
+from kvmesh.kernels.cpu.decode_inputs import Cache, Masking, Queries
+from kvmesh.kernels.layout import KvLayout
+rng = np.random.default_rng(5)
+digest = hashlib.sha256()
+for codec in ("k4v4", "k3v2", "k8v8"):
+    layout = KvLayout(1, 2, 80, codec, bytes(16))
+    centers = rng.standard_normal((2, 2, 80)).astype(np.float32)
+    blocks = np.zeros((3, layout.block_bytes), np.uint8)
+    for block in blocks:
+        kv = tuple(rng.standard_normal((64, 2, 80)).astype(np.float32) for _ in range(2))
+        reference.seal_layer(layout, block, 0, kv, centers)
+    q = rng.standard_normal((1, 2, 6, 80)).astype(np.float32)
+    one = np.array([3])
+    queries = Queries(q, np.arange(3)[None], one, 64 * one)
+    found = attend_decode(Cache(layout, 0, blocks, centers), queries, Masking(2.0, 150, 5))
+    for array in (found.output, found.max, found.log_sum):
+        assert np.isfinite(array).all()
+        digest.update(array.tobytes())
+print(digest.hexdigest())
+"""
+
+
+def whole(path: str) -> str:
+    environment = os.environ | {"KVMESH_SIMD": path}
+    done = subprocess.run(
+        [sys.executable, "-c", _WHOLE], env=environment, capture_output=True, text=True, timeout=550
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def fastest() -> str:
+    return whole(simd.available()[0])
+
+
+@pytest.mark.timeout(600)  # the first run compiles every kernel for the path
+@pytest.mark.parametrize("path", [*simd.available()[1:], "emulated"])
+def test_whole_attention_is_the_same_bits_on_every_instruction_set(path, fastest):
+    assert whole(path) == fastest
