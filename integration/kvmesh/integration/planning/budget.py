@@ -120,13 +120,14 @@ def _month(answer: Answer, best: Point, growth: Growth, month: int, outputs: flo
 def budget_plot(question: Question, budgets: Sequence[Budget]) -> str:
     """SVG: dollars per month over the months. Raises PlanError if no choice has any."""
     lines = [
-        Line(each.label, [(m.month + 1, m.dollars) for m in each.months])
+        Line(each.label, [(m.month + 1, m.dollars / 1e3) for m in each.months])
         for each in budgets
         if each.months
     ]
     if not lines:
         raise PlanError("no choice keeps the limits, so there is nothing to plot")
+    last = max(2, *(len(each.months) for each in budgets))
     title = f"{question.model.name}, {question.workload.title}: dollars per month (simulated)"
     note = "simulated, steady state; devices for the busiest hour, paid for the whole month"
-    x, y = Axis("month"), Axis("dollars per month", low=0)
+    x, y = Axis("month", low=1, high=last), Axis("thousand dollars per month", low=0)
     return line_plot(LinePlot(title, x, y, lines, note=note, width=860))
