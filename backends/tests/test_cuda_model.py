@@ -114,15 +114,22 @@ def test_cuda_warm_up_leaves_no_trace_in_the_pool(checkpoint):
         assert not model.pool.blocks.any() and not model.pool.tails.any()
 
 
-def test_cuda_pool_takes_a_share_of_the_memory_that_is_free(checkpoint):
-    class SmallDevice(ShimDevice):
-        def describe(self):
-            return DeviceFacts("small", "shim", free_bytes=1 << 20)
+class SmallDevice(ShimDevice):
+    def describe(self):
+        return DeviceFacts("small", "shim", free_bytes=1 << 20)
 
+
+def test_cuda_pool_takes_a_share_of_the_memory_that_is_free(checkpoint):
     options = ModelOptions(num_slots=2, memory_fraction=0.25)
     with closing(CudaModel(load_checkpoint(checkpoint.folder), options, SmallDevice())) as model:
         layout = model.spec.layout
         assert model.pool.num_blocks == (1 << 18) // layout.block_bytes
+
+
+def test_cuda_pool_that_does_not_fit_is_refused_with_the_sizes(checkpoint):
+    loaded = load_checkpoint(checkpoint.folder)
+    with pytest.raises(BackendUnavailable, match=r"1000 blocks.*1,048,576 are free; set workers"):
+        CudaModel(loaded, replace(OPTIONS, num_blocks=1000), SmallDevice())
 
 
 def test_cuda_refuses_a_runtime_that_fell_back_to_the_cpu(checkpoint):

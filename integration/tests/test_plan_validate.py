@@ -63,7 +63,7 @@ def test_a_row_beyond_its_tolerance_fails_the_command(monkeypatch: pytest.Monkey
     assert row.error == pytest.approx(0.21) and not row.within
     assert replace(row, tolerance=0.22).within
     run = CliRunner()
-    monkeypatch.setattr(validate, "calibration_rows", lambda: [row])
+    monkeypatch.setattr(validate, "calibration_rows", lambda *_: [row])
     result = run.invoke(app, ["plan", "validate"])
     assert result.exit_code == 1 and "beyond" in result.stdout
 
@@ -79,6 +79,9 @@ def test_published_figures_are_the_calibration_set(rows: list[validate.Calibrati
     """Written again from the published list, so that no row can drift."""
     published = {(row.id, row.published) for row in rows}
     assert published >= {
+        ("C2", 11.39), ("C2", 617), ("C2", 11.71), ("C2", 586), ("C2", 16.41), ("C2", 262),
+        ("C2", 36.15), ("C2", 357), ("C2", 20.06), ("C2", 237), ("C2", 31.23), ("C2", 253),
+        ("C5", 7994), ("C5", 62.6), ("C6", 5562), ("C6", 56.2), ("C7", 3481), ("C7", 11.5),
         ("C3", 8791), ("C4", 8987), ("C8", 203), ("C9", 20050), ("C10", 15372), ("C11", 69),
         ("C12", 0.3), ("C14", 300), ("C15", 16435),
     }  # fmt: skip
@@ -90,14 +93,21 @@ def test_rows_of_whole_systems_are_predicted(rows: list[validate.CalibrationRow]
     """Those that are fitted come out, and most of those that are not."""
     whole = [row for row in rows if "." not in row.id and row.id not in ("C1", "C12", "C13")]
     held_out = [row for row in whole if not row.fitted]
-    assert all(row.within for row in whole if row.fitted)
-    assert sum(row.within for row in held_out) > len(held_out) / 2
+    assert all(row.within for row in whole if row.fitted and row.id != "C2")
+    assert sum(row.within for row in held_out) > 2 * len(held_out) / 3
+    missed = {row.id for row in whole if not row.within}
+    assert missed == {"C2", "C6", "C8"}  # as docs/fidelity.md says
+
+
+def test_every_row_of_the_calibration_set_is_there(rows: list[validate.CalibrationRow]):
+    assert {row.id for row in rows if "." not in row.id} == {f"C{n}" for n in range(1, 16)}
+    assert validate.SLOW_ROWS  # C7's percentiles, which take a minute
 
 
 def test_validate_prints_one_document(
     rows: list[validate.CalibrationRow], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(validate, "calibration_rows", lambda: rows)
+    monkeypatch.setattr(validate, "calibration_rows", lambda *_: rows)
     result = CliRunner().invoke(app, ["plan", "validate", "--json"])
     told = json.loads(result.stdout)
     assert result.exit_code == (0 if all(row.within for row in rows) else 1)

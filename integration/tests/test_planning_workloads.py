@@ -1,10 +1,13 @@
 """Workload files and the requests that are made of them."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from kvmesh.cli.main import app
 from kvmesh.integration.planning.requests import generate, mix
 from kvmesh.integration.planning.traffic import WorkloadError, load_workload, workload_names
 from kvmesh.kernels.layout import BLOCK_SIZE
@@ -141,3 +144,16 @@ def test_names_and_scenarios_that_are_not_there(tmp_path: Path):
     assert load_workload(f"{path}:live").scenario.ttft_ms == 100
     with pytest.raises(ValueError, match=r"count is 0"):
         generate(load_workload("chat"), 0, 1.0, 1)
+
+
+def test_a_copy_is_a_workload_too(tmp_path: Path):
+    run = CliRunner()
+    copied = run.invoke(app, ["plan", "workloads", "chat"])
+    path = tmp_path / "mine.toml"
+    path.write_text(copied.stdout)
+    mine, chat = load_workload(str(path)), load_workload("chat")
+    assert mine.model_copy(update={"name": "chat"}) == chat
+    listed = json.loads(run.invoke(app, ["plan", "workloads", "--json"]).stdout)
+    assert [each["name"] for each in listed] == workload_names()
+    assert "agent-loop" in run.invoke(app, ["plan", "workloads"]).stdout
+    assert run.invoke(app, ["plan", "workloads", "chit"]).exit_code == 2

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from cuda_on_cpu import SHIM, open_anywhere
 from worker_harness import attached, settled, shard, worker
 
 from kvmesh.backends.base import Model, ModelOptions
@@ -39,13 +40,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def opened(folder: Path) -> Iterator[list[Model]]:
+@pytest.fixture(params=["cpu", SHIM])
+def opened(folder: Path, request: pytest.FixtureRequest) -> Iterator[list[Model]]:
     """Two models of the same checkpoint, with blocks for few sequences at once."""
     options = ModelOptions(codec="k4v4", num_blocks=12, num_slots=4)
     with (
-        closing(open_model("cpu", folder, options)) as one,
-        closing(open_model("cpu", folder, options)) as two,
+        closing(open_anywhere(request.param, folder, options)) as one,
+        closing(open_anywhere(request.param, folder, options)) as two,
     ):
         yield [one, two]
 

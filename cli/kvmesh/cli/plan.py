@@ -1,5 +1,6 @@
 """`kvmesh plan`: what a model and its traffic would take of devices, and how far to trust that."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -7,6 +8,9 @@ import typer
 from kvmesh.cli.errors import FAILED
 from kvmesh.cli.options import Json, command
 from kvmesh.cli.plan_compare import budget, plan
+from kvmesh.cli.plan_waterfall import waterfall
+from kvmesh.cli.plan_workloads import workloads
+from kvmesh.cli.progress import progress_bar
 from kvmesh.cli.render import console, print_json, print_table
 
 if TYPE_CHECKING:
@@ -18,12 +22,27 @@ app = typer.Typer(help="Plan devices, time and cost; all of it simulated.")
 @command
 def validate(
     kernels: Annotated[bool, typer.Option(help="Show every kernel of C1 as well.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="Leave out the percentiles that take a minute to simulate.")
+    ] = False,
+    rows_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--rows",
+            help="Instead, a file of published runs of your own; see docs/fidelity.md.",
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Compare predictions with published results; exit code 1 if one is beyond its tolerance."""
-    from kvmesh.integration.validate import calibration_rows
+    from kvmesh.integration.validate import ROWS, SLOW_ROWS, calibration_rows, file_sources
 
-    rows = calibration_rows()
+    sources = ROWS if quick else ROWS + SLOW_ROWS
+    if rows_file is not None:
+        sources = file_sources(rows_file)
+    with progress_bar("predicting", len(sources), hidden=json) as advance:
+        rows = calibration_rows(sources, advance)
     beyond = [row for row in rows if not row.within]
     if json:
         print_json({"simulated": True, "ok": not beyond, "rows": [_plain(row) for row in rows]})
@@ -35,8 +54,9 @@ def validate(
         print_table("", columns, [_cells(row) for row in shown])
         hidden = len(rows) - len(shown)
         more = f"; {hidden} kernels not shown, --kernels shows them" if hidden else ""
-        for row in beyond:
-            console().print(f"\n{row.id} {row.case}: {row.why or 'no reason is known'}")
+        reasons = {f"{row.id} {row.case}": row.why or "no reason is known" for row in beyond}
+        for case, why in reasons.items():
+            console().print(f"\n{case}: {why}")
         console().print(f"\nsimulated; {len(beyond)} of {len(rows)} beyond tolerance{more}")
     if beyond:
         raise typer.Exit(FAILED)
@@ -77,4 +97,6 @@ def _cells(row: "CalibrationRow") -> tuple[str, ...]:
 
 app.callback(invoke_without_command=True)(plan)
 app.command()(budget)
+app.command()(waterfall)
+app.command()(workloads)
 app.command()(validate)

@@ -15,7 +15,7 @@ from kvmesh.cli.render import console, print_json, print_table
 if TYPE_CHECKING:
     from kvmesh.integration.planning.budget import Budget
     from kvmesh.integration.planning.compare import Answer, Question
-    from kvmesh.integration.planning.evaluate import Point
+    from kvmesh.integration.planning.evaluate import Goals, Point
 
 Choices = Annotated[
     list[str] | None,
@@ -86,7 +86,9 @@ def plan(
     if plot is not None:
         plot.write_text(planning.pareto_plot(question, answers), encoding="utf-8")
     if json:
-        print_json({**plain_question(question), "choices": [_plain(a) for a in answers]})
+        print_json(
+            {**plain_question(question), "choices": [_plain(a, question.goals) for a in answers]}
+        )
     else:
         _show(question, answers)
         if plot is not None:
@@ -155,7 +157,7 @@ def plain_question(question: "Question") -> dict[str, Any]:
     }
 
 
-def _plain(answer: "Answer") -> dict[str, Any]:
+def _plain(answer: "Answer", goals: "Goals") -> dict[str, Any]:
     choice = answer.choice
     told: dict[str, Any] = {
         "choice": choice.label,
@@ -163,12 +165,14 @@ def _plain(answer: "Answer") -> dict[str, Any]:
         "price_per_hour": choice.price.per_hour,
         "price": choice.price.preset,
         "error": answer.error or None,
+        "misses": None,
         "best": None,
         "frontier": [],
     }
     if answer.found is not None:
         best = answer.found.best
         told["best"] = _plain_point(best) if best else None
+        told["misses"] = answer.found.misses(goals) or None
         told["frontier"] = [_plain_point(point) for point in answer.found.frontier]
     return told
 
@@ -215,8 +219,9 @@ def _show(question: "Question", answers: "list[Answer]") -> None:
     )  # fmt: skip
     print_table("", columns, [_row(answer) for answer in answers])
     for answer in answers:
-        if answer.error:
-            out.print(f"{answer.choice.label}: {answer.error}")
+        why = answer.error or (answer.found.misses(question.goals) if answer.found else "")
+        if why:
+            out.print(f"{answer.choice.label}: {why}")
     out.print(
         "\nsimulated, steady state; every dollar column divides the price of all devices by the "
         "tokens of that kind"

@@ -70,7 +70,7 @@ class Switches:
     kv: Annotated[str, Option(help="Format of the KV cache: fp8, fp16 or a codec.")] = "fp8"
     fused: Annotated[bool, Option(help="Small kernels are joined.")] = True
     balance: Annotated[bool, Option(help="Attention ranks share requests out by load.")] = True
-    expert_balance: Annotated[bool, Option(help="Experts are placed by load.")] = False
+    expert_balance: Annotated[bool, Option(help="Experts are placed by load.")] = True
     drafts: Annotated[
         int, Option(min=0, max=3, help="Multi-token prediction: drafts per step.")
     ] = 0

@@ -37,7 +37,7 @@ from kvmesh.services.router.cost import CostModel
 from kvmesh.v1 import common_pb2, inference_pb2
 
 _PROBES = ((64, 1), (256, 1), (256, 64), (768, 16), (1536, 128))  # prompt and output tokens
-_SEVERAL = 8  # in flight, of those that teach what several at once add
+_SEVERAL = 3  # in flight, of those that teach: about as many as then are, of those that count
 # Requests: before all others; in each round of teaching, one at a time and several at once.
 WARM, ALONE, TOGETHER = 48, 8, 24
 PARTS = 4  # of the requests that count; a round before each, and one after

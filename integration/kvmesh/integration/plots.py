@@ -90,7 +90,7 @@ def line_plot(plot: LinePlot) -> str:
         parts.append(_curve(line, index, plot, (x, y)))
     parts += [_legend_entry(name, i, plot, box) for i, name in enumerate(legend)]
     parts.append(_labels(plot.x.label, plot.y.label, box))
-    return _document(plot.width, _HEIGHT, plot.title, plot.note, parts)
+    return svg_page(plot.width, _HEIGHT, plot.title, plot.note, parts)
 
 
 def heat_map(plot: HeatMap) -> str:
@@ -108,18 +108,16 @@ def heat_map(plot: HeatMap) -> str:
     parts = []
     for row, (name, values) in enumerate(zip(plot.rows, plot.values, strict=True)):
         y = box.top + row * cell_height
-        parts.append(_text(box.left - 8, y + cell_height / 2 + 4, name, "end"))
+        parts.append(svg_text(box.left - 8, y + cell_height / 2 + 4, name, "end"))
         for column, value in enumerate(values):
             parts.append(
                 _cell(box.left + column * cell_width, y, (cell_width, cell_height), value, plot)
             )
     for column, name in enumerate(plot.columns):
-        parts.append(_text(box.left + (column + 0.5) * cell_width, box.bottom + 18, name))
+        parts.append(svg_text(box.left + (column + 0.5) * cell_width, box.bottom + 18, name))
     parts.append(_labels(plot.column_label, plot.row_label, box))
     width = max(box.right + 24, len(plot.title) * 8.5 + 32, len(plot.note) * _CHAR + 32)
-    return _document(
-        math.ceil(width), math.ceil(box.bottom + _MARGIN), plot.title, plot.note, parts
-    )
+    return svg_page(math.ceil(width), math.ceil(box.bottom + _MARGIN), plot.title, plot.note, parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,11 +147,11 @@ def _grid(box: _Box, x: Scale, y: Scale) -> str:
     for value, name in x.ticks:
         at = x.place(value)
         parts.append(f'<path class="grid" d="M{at:.1f} {box.top:.1f}V{box.bottom:.1f}"/>')
-        parts.append(_text(at, box.bottom + 18, name))
+        parts.append(svg_text(at, box.bottom + 18, name))
     for value, name in y.ticks:
         at = y.place(value)
         parts.append(f'<path class="grid" d="M{box.left:.1f} {at:.1f}H{box.right:.1f}"/>')
-        parts.append(_text(box.left - 8, at + 4, name, "end"))
+        parts.append(svg_text(box.left - 8, at + 4, name, "end"))
     frame = f'x="{box.left:.1f}" y="{box.top:.1f}" width="{box.width:.1f}"'
     parts.append(f'<rect class="frame" {frame} height="{box.height:.1f}"/>')
     return "\n".join(parts)
@@ -202,7 +200,7 @@ def _legend_entry(name: str, index: int, plot: LinePlot, box: _Box) -> str:
         (
             f'<path class="line" {stroke} d="M{x:.1f} {y:.1f}h22"/>',
             _marker(x + 11, y, index),
-            _text(x + 28, y + 4, name, "start"),
+            svg_text(x + 28, y + 4, name, "start"),
         )
     )
 
@@ -217,7 +215,7 @@ def _cell(x: float, y: float, size: tuple[float, float], value: float | None, pl
     red, green, blue = ramp_color(share)
     dark = 0.299 * red + 0.587 * green + 0.114 * blue < 128
     middle = x + (width - 2) / 2, y + height / 2 + 3
-    text = _text(*middle, plot.show(value), "middle", "on-dark" if dark else "on-light")
+    text = svg_text(*middle, plot.show(value), "middle", "on-dark" if dark else "on-light")
     return f'<rect {shape} fill="#{red:02x}{green:02x}{blue:02x}"/>\n{text}'
 
 
@@ -233,7 +231,8 @@ def ramp_color(share: float) -> tuple[int, int, int]:
 Anchor = Literal["start", "middle", "end"]
 
 
-def _text(x: float, y: float, text: str, anchor: Anchor = "middle", kind: str = "") -> str:
+def svg_text(x: float, y: float, text: str, anchor: Anchor = "middle", kind: str = "") -> str:
+    """kind: a class of the page's style."""
     cls = f' class="{kind}"' if kind else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{cls}>{escape(text)}</text>'
 
@@ -242,14 +241,15 @@ def _labels(below: str, beside: str, box: _Box) -> str:
     middle = box.top + box.height / 2
     return "\n".join(
         (
-            _text(box.left + box.width / 2, box.bottom + 38, below),
+            svg_text(box.left + box.width / 2, box.bottom + 38, below),
             f'<text x="18" y="{middle:.1f}" text-anchor="middle" '
             f'transform="rotate(-90 18 {middle:.1f})">{escape(beside)}</text>',
         )
     )
 
 
-def _document(width: int, height: int, title: str, note: str, parts: Sequence[str]) -> str:
+def svg_page(width: int, height: int, title: str, note: str, parts: Sequence[str]) -> str:
+    """A whole document with its style, title and note around `parts`."""
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
         f'width="{width}" height="{height}" role="img">'
@@ -259,9 +259,9 @@ def _document(width: int, height: int, title: str, note: str, parts: Sequence[st
         f"<title>{escape(title)}</title>",
         f"<style>{_STYLE}</style>",
         '<rect class="page" width="100%" height="100%" rx="6"/>',
-        _text(16, 26, title, "start", "title"),
+        svg_text(16, 26, title, "start", "title"),
         *parts,
     ]
     if note:
-        frame.append(_text(16, height - 8, note, "start"))
+        frame.append(svg_text(16, height - 8, note, "start"))
     return "\n".join([*frame, "</svg>", ""])

@@ -7,13 +7,16 @@ ROWS; each is called once and may give any number of rows.
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from kvmesh.backends.cost.price import dollars_per_mtok
 from kvmesh.backends.devices import load_device
 from kvmesh.backends.lpu.compile import compile_model
 from kvmesh.backends.lpu.shapes import find_shape
 from kvmesh.integration.calibration.kernels import Kernel, kernel_cases
-from kvmesh.integration.calibration.servings import servings
+from kvmesh.integration.calibration.rows import bundled_rows, read_rows
+from kvmesh.integration.calibration.servings import Serving, servings
+from kvmesh.integration.calibration.simulated import closed_rows, tail_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,27 +125,49 @@ def lpu_model_rows() -> Iterator[CalibrationRow]:
 
 
 def serving_rows() -> Iterator[CalibrationRow]:
-    """C2 to C11 and C15: whole systems."""
-    for each in servings():
-        error = each.predicted / each.published - 1
-        yield CalibrationRow(
-            each.id,
-            each.case,
-            each.unit,
-            each.published,
-            each.predicted,
-            error,
-            each.tolerance,
-            each.tag,
-            each.source,
-            each.fitted,
-            each.why,
-        )
+    """C3 to C11 and C15: whole systems in their steady state."""
+    yield from map(_serving, servings(bundled_rows()))
+
+
+def closed_loop_rows() -> Iterator[CalibrationRow]:
+    """C2: single instances, simulated."""
+    yield from map(_serving, closed_rows(bundled_rows()))
+
+
+def simulated_tail_rows() -> Iterator[CalibrationRow]:
+    """C7's percentiles, simulated."""
+    yield from map(_serving, tail_rows(bundled_rows()))
+
+
+def file_sources(path: Path) -> tuple["RowSource", ...]:
+    """Of a file with published runs of one's own; raises RowsError if it cannot be used."""
+    rows = read_rows(path)
+    return tuple(
+        lambda made=made: map(_serving, made(rows)) for made in (closed_rows, servings, tail_rows)
+    )
+
+
+def _serving(each: Serving) -> CalibrationRow:
+    error = each.predicted / each.published - 1
+    return CalibrationRow(
+        each.id,
+        each.case,
+        each.unit,
+        each.published,
+        each.predicted,
+        error,
+        each.tolerance,
+        each.tag,
+        each.source,
+        each.fitted,
+        each.why,
+    )
 
 
 RowSource = Callable[[], Iterator[CalibrationRow]]
 ROWS: tuple[RowSource, ...] = (
     kernel_rows,
+    closed_loop_rows,
     serving_rows,
     price_rows,
     lpu_rows,
@@ -150,13 +175,21 @@ ROWS: tuple[RowSource, ...] = (
 )
 
 
-def calibration_rows(sources: tuple[RowSource, ...] = ROWS) -> list[CalibrationRow]:
-    """All rows, in the order of their numbers."""
-    rows = [row for source in sources for row in source()]
+SLOW_ROWS: tuple[RowSource, ...] = (simulated_tail_rows,)  # a minute or two
+
+
+def calibration_rows(
+    sources: tuple[RowSource, ...] = ROWS, done: Callable[[], None] = lambda: None
+) -> list[CalibrationRow]:
+    """All rows, in the order of their numbers; done is called after each source."""
+    rows = []
+    for source in sources:
+        rows += list(source())
+        done()
     return sorted(rows, key=_number)
 
 
 def _number(row: CalibrationRow) -> tuple[int, bool]:
     """C1 before C1.moe before C2."""
     number, _, kernel = row.id.removeprefix("C").partition(".")
-    return int(number), bool(kernel)
+    return (int(number) if number.isdecimal() else 0), bool(kernel)

@@ -42,19 +42,19 @@ _Curve = tuple[list[float], list[float], list[float]]
 def _curve(experts: int, top_k: int, ranks: int, kind: str) -> _Curve:
     """(tokens, busiest rank over the mean, experts used there), ascending in tokens.
 
-    power_law: each expert's popularity is drawn from a density ~ x^-ALPHA. uniform: a token takes
-    any top_k experts, all alike, so that only chance is uneven. Ranks hold consecutive experts.
+    Each expert's popularity is drawn from a density ~ x^-ALPHA. power_law: ranks hold consecutive
+    experts. placed: experts are placed by popularity, so that ranks have even loads.
     The means of a fixed number of draws with a fixed seed: a constant, not a random number.
     """
-    rng = np.random.default_rng(_SEED)
-    uniform = rng.random((_DRAWS, experts))
+    uniform = np.random.default_rng(_SEED).random((_DRAWS, experts))
     at = sorted({round(2 ** (step / 2)) for step in range(2 * _MOST_TOKENS.bit_length() - 1)})
     peaks, used = [], []
     for tokens in at:
-        if kind == "uniform":
-            loads = rng.binomial(tokens, top_k / experts, (_DRAWS, experts)).astype(np.float64)
-        else:
-            loads = _loads(uniform, tokens, top_k)
+        loads = _loads(uniform, tokens, top_k)
+        if kind == "placed":
+            peaks.append(1.0)
+            used.append(float(np.minimum(loads, 1.0).sum(axis=1).mean()) / ranks)
+            continue
         padded = np.zeros((_DRAWS, -(-experts // ranks) * ranks))
         padded[:, :experts] = loads
         per_rank = padded.reshape(_DRAWS, ranks, -1)

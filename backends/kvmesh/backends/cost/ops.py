@@ -1,81 +1,19 @@
-"""The ops of a decoder layer as terms: seconds of math, memory and links, linear in the step.
-
-seconds of a term = max(math, memory, links) + floor. Each part is a sum of coefficient x feature
-(see shapes.F), so a whole step is one small matrix product. Sources of the rates: rates.py.
-"""
+"""The ops of a decoder layer as terms (see terms.py): attention, norms, head and host."""
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from kvmesh.backends.architectures import WEIGHT_BYTES, ModelShape
 from kvmesh.backends.architectures.shape import Matrix
-from kvmesh.backends.cost.links import Links
-from kvmesh.backends.cost.parallel import Formats, Options, Parallel
-from kvmesh.backends.cost.rates import Rate, Rates
+from kvmesh.backends.cost.ffn import ffn_terms, moe_terms
+from kvmesh.backends.cost.rates import Rate
 from kvmesh.backends.cost.shapes import F
-from kvmesh.backends.devices.device import Device
+from kvmesh.backends.cost.terms import Coefficients, Plan, Term
 from kvmesh.kernels.layout import BLOCK_SIZE, CODECS
 
-Coefficients = dict[F, float]
 _QUERY_TILE = 128  # query tokens of a chunk that share one reading and decoding of K and V
 _DECODE_FLOPS = 4  # per cached element: unpack (2), level, scale
 _ENCODE_FLOPS = 10  # per element, beside the rotation: norm (2), scale, thresholds, pack
-
-
-@dataclass(frozen=True, slots=True)
-class Term:
-    """One op, all its layers together. Coefficients are seconds per unit of a feature; flops and
-    bytes are units per unit, for people."""
-
-    name: str
-    math: Coefficients = field(default_factory=dict)
-    memory: Coefficients = field(default_factory=dict)
-    link: Coefficients = field(default_factory=dict)
-    floor: Coefficients = field(default_factory=dict)
-    flops: Coefficients = field(default_factory=dict)
-    bytes: Coefficients = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What the terms of a step are built from; the same for every step of an instance."""
-
-    device: Device
-    model: ModelShape
-    parallel: Parallel
-    formats: Formats
-    options: Options
-    rates: Rates
-    width: int  # query tokens of a decoding sequence: 1 and the drafts
-
-    def term(
-        self, name: str, rate: Rate, flops: Coefficients, moved: Coefficients, floor: Coefficients
-    ) -> Term:
-        return Term(
-            name,
-            {f: value / rate.flops_s for f, value in flops.items()},
-            {f: value / rate.bytes_s for f, value in moved.items()},
-            {},
-            {f: value * rate.floor_s for f, value in floor.items()},
-            flops,
-            moved,
-        )
-
-    def gemm(self, name: str, matrix: Matrix, weights: str, count: float) -> Term:
-        """`count` products of the step's tokens with a matrix of this format."""
-        read = matrix.inputs * self.rates.activation_bytes(weights) + matrix.outputs * 2
-        return self.term(
-            name,
-            self.rates.gemm(weights),
-            {F.TOKENS: 2 * matrix.elements * count},
-            {F.ANY: matrix.elements * WEIGHT_BYTES[weights] * count, F.TOKENS: read * count},
-            {F.ANY: count},
-        )
-
-    def elementwise(self, name: str, token_bytes: float, count: float, kernels: float = 1) -> Term:
-        moved = {F.TOKENS: token_bytes * count}
-        return self.term(name, self.rates.elementwise(), {}, moved, {F.ANY: count * kernels})
 
 
 def layer_terms(plan: Plan, dense: float, experts: float) -> Iterator[Term]:
@@ -102,9 +40,9 @@ def _layer_terms(plan: Plan, dense: float, experts: float) -> Iterator[Term]:
     yield from _codec(plan, layers)
     yield from _norms(plan, layers)
     if dense:
-        yield from _ffn(plan, "ffn", plan.model.ffn / plan.parallel.tensor, dense)
+        yield from ffn_terms(plan, "ffn", plan.model.ffn / plan.parallel.tensor, dense)
     if experts:
-        yield from _moe(plan, experts)
+        yield from moe_terms(plan, experts)
 
 
 def head_terms(plan: Plan, count: float = 1) -> Iterator[Term]:
@@ -272,73 +210,6 @@ def _norms(plan: Plan, layers: float) -> Iterator[Term]:
     kernels = 1 if plan.options.fused else 3  # beside the norm: the residual sum, the quantiser
     token_bytes = 4 * plan.model.hidden * 2 * (1 if plan.options.fused else 2)
     yield plan.elementwise("norms", token_bytes, layers * per_layer, kernels)
-
-
-def _ffn(plan: Plan, name: str, ffn: float, count: float) -> Iterator[Term]:
-    hidden, weights, width = plan.model.hidden, plan.formats.weights, math.ceil(ffn)
-    yield plan.gemm(f"{name}_up", Matrix(hidden, 2 * width), weights, count)
-    yield plan.gemm(f"{name}_down", Matrix(width, hidden), weights, count)
-    kernels = 1 if plan.options.fused else 2
-    yield plan.elementwise(f"{name}_activation", 3 * width * 2, count, kernels)
-
-
-def _moe(plan: Plan, count: float) -> Iterator[Term]:
-    model, parallel = plan.model, plan.parallel
-    assert model.moe is not None
-    yield plan.gemm("router", Matrix(model.hidden, model.moe.experts), "bf16", count)
-    if model.moe.shared:
-        shared = model.moe.shared * model.moe.ffn / (1 if parallel.exchanges else parallel.tensor)
-        yield from _ffn(plan, "shared", shared, count)
-    yield from expert_terms(plan, count)
-    if parallel.exchanges:
-        yield from _exchanges(plan, count)
-
-
-def expert_terms(plan: Plan, count: float) -> Iterator[Term]:
-    """The routed experts on the busiest rank, as MoE tables measure them: products, then moving
-    each token of the group in and out of the order of experts."""
-    model, weights = plan.model, plan.formats.weights
-    assert model.moe is not None
-    split = plan.parallel.expert_split
-    elements = model.expert_elements / split
-    inner = model.moe.ffn / split
-    yield plan.term(
-        "experts",
-        plan.rates.experts(weights),
-        {F.ASSIGNMENTS: 2 * elements * count},
-        {F.EXPERTS: elements * WEIGHT_BYTES[weights] * count},
-        {F.ANY: count},
-    )
-    size = plan.rates.activation_bytes(weights)
-    per_assignment = 8 * inner + inner * size * 2 + 4 * model.hidden
-    per_token = model.hidden * (2 + size + 4)
-    yield plan.term(
-        "moe_tokens",
-        plan.rates.elementwise()._replace(floor_s=0.0),
-        {},
-        {F.ASSIGNMENTS: per_assignment * count, F.GROUP_TOKENS: per_token * count},
-        {},
-    )
-
-
-def _exchanges(plan: Plan, count: float) -> Iterator[Term]:
-    links = Links(plan.device, plan.parallel.expert)
-    sizes = exchange_bytes(plan)
-    floors = (links.dispatch_floor_s, links.combine_floor_s)
-    for name, size, floor in zip(("dispatch", "combine"), sizes, floors, strict=True):
-        yield Term(
-            name,
-            link={F.VISITS: size * links.exchange_byte_s() * count},
-            floor={F.ANY: (floor + links.exchange_latency_s) * count},
-            bytes={F.VISITS: size * count},
-        )
-
-
-def exchange_bytes(plan: Plan) -> tuple[float, float]:
-    """Bytes of a token that goes to an expert (in the math's format) and comes back."""
-    hidden = plan.model.hidden
-    back = 2 if plan.options.exchange == "bf16" else 1
-    return hidden * plan.rates.activation_bytes(plan.formats.weights), hidden * back
 
 
 def seal_share(tokens: float) -> float:

@@ -76,22 +76,23 @@ class Formats:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How a step is run. routing: how tokens choose experts: balanced (exactly even), uniform (all
-    experts alike, uneven by chance) or by a power law (alpha 1.2).
+    """How a step is run. routing: how tokens choose experts: balanced (all alike and exactly
+    even), by a power law (alpha 1.2), or placed (by a power law too, but the experts are placed so
+    that every rank has as much to do).
     draft_tokens: drafted by multi-token prediction and verified for each decoding sequence.
     fused: small ops joined with their neighbours; without, two more kernels per norm.
     overlap: an all-reduce runs under the product before it, as one kernel of both does.
     exchange: how experts' outputs travel back, in bf16 or in fp8."""
 
-    routing: Literal["balanced", "uniform", "power_law"] = "balanced"
+    routing: Literal["balanced", "placed", "power_law"] = "balanced"
     draft_tokens: int = 0
     fused: bool = True
     overlap: bool = False
     exchange: Literal["bf16", "fp8"] = "bf16"
 
     def __post_init__(self) -> None:
-        if self.routing not in ("balanced", "uniform", "power_law"):
-            raise ShapeError(f"routing is {self.routing!r}, must be balanced, uniform or power_law")
+        if self.routing not in ("balanced", "placed", "power_law"):
+            raise ShapeError(f"routing is {self.routing!r}, must be balanced, placed or power_law")
         if self.exchange not in ("bf16", "fp8"):
             raise ShapeError(f"exchange is {self.exchange!r}, must be bf16 or fp8")
         if self.draft_tokens < 0:

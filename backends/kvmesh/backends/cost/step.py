@@ -9,10 +9,11 @@ import numpy.typing as npt
 from kvmesh.backends.architectures import ModelShape
 from kvmesh.backends.cost.imbalance import Routing
 from kvmesh.backends.cost.links import Links, stage_hop_s
-from kvmesh.backends.cost.ops import Plan, Term, head_terms, host_term, layer_terms, seal_share
+from kvmesh.backends.cost.ops import head_terms, host_term, layer_terms, seal_share
 from kvmesh.backends.cost.parallel import Formats, Options, Parallel, check_parallel
 from kvmesh.backends.cost.rates import Rates
 from kvmesh.backends.cost.shapes import FEATURES, F, StepWork, windowed
+from kvmesh.backends.cost.terms import Plan, Term
 from kvmesh.backends.devices.device import Device
 from kvmesh.backends.errors import ShapeError
 

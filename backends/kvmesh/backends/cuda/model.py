@@ -70,13 +70,7 @@ class CudaModel:
             num_blocks=num_blocks,
             num_slots=options.num_slots,
         )
-        memory = Memory(self._pool.blocks, self._pool.tails, device.put(checkpoint.centers))
-        self._kernels, recorded = (
-            StepKernels(device, layout, memory, self._splitting) for _ in range(2)
-        )
-        self._graphs = DecodeGraphs(
-            device, recorded, self._stages.qkv, self._stages.attention, self._splitting
-        )
+        self._kernels, self._graphs = self._attention(checkpoint)
         self._fit = StepFit(_PRIOR)
         self._last_step, self._last_shape = StepTimes(), StepShape()
         try:
@@ -143,6 +137,16 @@ class CudaModel:
     def close(self) -> None:
         self._stages.close()
         self._pool.close()
+
+    def _attention(self, checkpoint: Checkpoint) -> tuple[StepKernels, DecodeGraphs]:
+        """For steps that are launched, and for those that are recorded."""
+        device, stages, pool = self._device, self._stages, self._pool
+        memory = Memory(pool.blocks, pool.tails, device.put(checkpoint.centers))
+        launched, recorded = (
+            StepKernels(device, pool.layout, memory, self._splitting) for _ in range(2)
+        )
+        graphs = DecodeGraphs(device, recorded, stages.qkv, stages.attention, self._splitting)
+        return launched, graphs
 
     def _run_layers(self, step: FlatStep, plan: HostPlan) -> float:
         """Every stage but the last, with its layer's attention. Returns the seconds of sealing."""

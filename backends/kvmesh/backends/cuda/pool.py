@@ -1,10 +1,12 @@
 """Sealed blocks and unfinished ones in device memory."""
 
+import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from kvmesh.backends.errors import BackendUnavailable
 from kvmesh.backends.pool import check_block_id, check_tail, parse_tail
 from kvmesh.kernels import block
 from kvmesh.kernels.cuda.blocks import BlockTools
@@ -16,15 +18,24 @@ class DevicePool:
     """The BlockPool of the CUDA backend; `blocks` and `tails` are what the kernels work on.
 
     blocks: device uint8 [num_blocks, layout.block_bytes]. tails: device fp32
-    [num_slots, layers, 2 (K, V), 64, kv heads, head dim].
+    [num_slots, layers, 2 (K, V), 64, kv heads, head dim]. Raises BackendUnavailable if they are
+    more than the device has free.
     """
 
     def __init__(self, device: Device, layout: KvLayout, num_blocks: int, num_slots: int) -> None:
         self._device, self._layout = device, layout
         self._tools = BlockTools(device, layout)
         self._shape = num_blocks, num_slots
-        self.blocks: Any = device.zeros((num_blocks, layout.block_bytes), np.uint8)
         tail = (layout.num_layers, 2, BLOCK_SIZE, layout.num_kv_heads, layout.head_dim)
+        needed = num_blocks * layout.block_bytes + num_slots * 4 * math.prod(tail)
+        free = device.describe().free_bytes
+        if needed > free:
+            reason = (
+                f"{num_blocks} blocks and {num_slots} slots take {needed:,} bytes of the device, "
+                f"{free:,} are free; set workers.blocks or workers.slots lower"
+            )
+            raise BackendUnavailable(f"backend 'cuda': {reason}", {"cuda": reason})
+        self.blocks: Any = device.zeros((num_blocks, layout.block_bytes), np.uint8)
         self.tails: Any = device.zeros((num_slots, *tail), np.float32)
 
     @property

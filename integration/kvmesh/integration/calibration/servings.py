@@ -1,20 +1,17 @@
-"""Rows of whole systems: what was published of a run, and the same run predicted."""
+"""Rows of whole systems in their steady state: what was published of a run, and the same run
+predicted."""
 
-import tomllib
 from collections.abc import Iterator
-from functools import cache
-from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from kvmesh.backends.architectures import load_shape
 from kvmesh.backends.cost.parallel import Formats, Options, Parallel
 from kvmesh.backends.cost.step import StepCost
 from kvmesh.backends.devices import load_device
-from kvmesh.integration.planning.lengths import Lengths
+from kvmesh.integration.calibration.rows import Offline, Row, Rows, RowsError, Run, Server
+from kvmesh.integration.planning.evaluate import mean_accepted
 from kvmesh.integration.planning.steady import Limits, SteadyState, Traffic
 from kvmesh.integration.planning.traffic import Workload, load_workload
-
-Row = dict[str, Any]
 
 
 class Serving(NamedTuple):
@@ -33,73 +30,81 @@ class Serving(NamedTuple):
     why: str
 
 
-@cache
-def _tables() -> dict[str, Any]:
-    path = files("kvmesh.integration.calibration") / "servings.toml"
-    return tomllib.loads(path.read_text(encoding="utf-8"))
+def servings(rows: Rows) -> Iterator[Serving]:
+    """C3 to C11 and C15, or those of another file."""
+    for offline in rows.offline:
+        yield _offline(offline)
+    for server in rows.server:
+        yield from _server(server)
 
 
-def rows_of(kind: str) -> list[Row]:
-    """The rows of one kind with the file's defaults."""
-    tables = _tables()
-    return [{**tables["default"], **row} for row in tables.get(kind, [])]
-
-
-def step_cost(row: Row, prefix: str = "", drafts: int = 0) -> StepCost:
-    """Of a row's instance; prefix: of the fields of one pool."""
-    degrees = {name: row.get(prefix + name, 1) for name in ("tensor", "data", "expert", "pipeline")}
+def step_cost(row: Row, model: str | None, drafts: int = 0) -> StepCost:
+    """Of a row's instance; model: the workload's, if the row names none. Raises RowsError if
+    neither does, DeviceError or ShapeError for what is unknown or cannot be."""
+    name = row.model or model
+    if name is None:
+        raise RowsError(f"row {row.id}: model is missing, and its workload names none")
     return StepCost(
-        load_device(row["device"]),
-        load_shape(row.get("model") or workload_of(row).model or ""),
-        Parallel(**degrees),
-        Formats(row["weights"], row["kv"], row.get("attention")),
-        Options(
-            row["routing"],
-            drafts,
-            overlap=row.get("overlap", False),
-            exchange=row.get("exchange", "bf16"),
-        ),
+        load_device(row.device),
+        load_shape(name),
+        Parallel(row.tensor, row.data, row.expert, row.pipeline),
+        Formats(row.weights, row.kv, row.attention),
+        Options(row.routing, drafts, overlap=row.overlap, exchange=row.exchange),
     )
 
 
-def workload_of(row: Row) -> Workload:
+def workload_of(row: Run) -> Workload:
     """The row's workload, its outputs scaled to the run's own mean if that is given."""
-    workload = load_workload(row["workload"])
-    if "output_mean" not in row:
+    workload = load_workload(row.workload)
+    if row.output_mean is None:
         return workload
-    output: Lengths = workload.output.model_copy(update={"mean_tokens": row["output_mean"]})
+    output = workload.output.model_copy(update={"mean_tokens": row.output_mean})
     return workload.model_copy(update={"output": output})
 
 
-def offline_rows() -> Iterator[Serving]:
-    """C3, C4, C8 to C11, C15: output tokens per second and device of a run of all samples."""
-    for row in rows_of("offline"):
-        workload = workload_of(row)
-        traffic = Traffic(workload.input, workload.output)
-        limits = Limits(row["sequences"], row["step_tokens"])
-        cost = step_cost(row)
-        samples = row["samples"] / row.get("instances", 1)
-        _, tokens_s = SteadyState(cost, traffic, limits).offline(samples)
-        yield figure(row, "tok/s/GPU", row["published"], tokens_s / cost.parallel.devices)
+def _offline(row: Offline) -> Serving:
+    """Output tokens per second and device of a run of all samples."""
+    workload = workload_of(row)
+    cost = step_cost(row, workload.model)
+    traffic = Traffic(workload.input, workload.output)
+    state = SteadyState(cost, traffic, Limits(row.sequences, row.step_tokens))
+    _, tokens_s = state.offline(row.samples / row.instances)
+    return figure(row, "tok/s/GPU", row.published, tokens_s / cost.parallel.devices)
+
+
+def _server(row: Server) -> Iterator[Serving]:
+    """Throughput and mean TPOT at the rate of the run."""
+    workload = workload_of(row)
+    # Where prompts have devices of their own, decoding workers compute none.
+    traffic = Traffic(workload.input, workload.output, 1.0 if row.prefill else 0.0)
+    limits = Limits(row.sequences, row.step_tokens, mean_accepted(row.drafts))
+    cost = step_cost(row, workload.model, row.drafts)
+    state = SteadyState(cost, traffic, limits)
+    rate, samples = row.requests_s / row.instances, row.samples / row.instances
+    steady, tokens_s = state.loadgen(rate, samples)
+    devices = row.devices or row.instances * cost.parallel.devices
+    yield figure(row, "tok/s/GPU", row.tokens_s, tokens_s * row.instances / devices)
+    yield figure(row, "ms TPOT, mean", row.tpot_ms, steady.tpot_s * 1e3)
 
 
 def figure(
-    row: Row, unit: str, published: float, predicted: float, tolerance: float | None = None
+    row: Row,
+    unit: str,
+    published: float,
+    predicted: float,
+    tolerance: float | None = None,
+    fitted: str = "",
 ) -> Serving:
+    """tolerance, fitted: instead of the row's."""
     return Serving(
-        row["id"],
-        row["case"],
+        row.id,
+        row.case,
         unit,
         published,
         predicted,
-        row["tolerance"] if tolerance is None else tolerance,
-        row["tag"],
-        row["source"],
-        row.get("fitted", ""),
-        row.get("why", ""),
+        row.tolerance if tolerance is None else tolerance,
+        row.tag,
+        row.source,
+        fitted or row.fitted,
+        row.why,
     )
-
-
-def servings() -> Iterator[Serving]:
-    """All of servings.toml."""
-    yield from offline_rows()

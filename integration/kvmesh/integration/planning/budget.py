@@ -88,7 +88,8 @@ def budget(question: Question, answers: Sequence[Answer], growth: Growth) -> lis
 def _budget(question: Question, answer: Answer, growth: Growth) -> Budget:
     best = answer.found.best if answer.found else None
     if best is None:
-        return Budget(answer.choice.label, (), answer.error or "no load keeps the limits")
+        missed = answer.found.misses(question.goals) if answer.found else ""
+        return Budget(answer.choice.label, (), answer.error or missed)
     outputs = question.traffic.outputs.mean
     months = (_month(answer, best, growth, month, outputs) for month in range(growth.months))
     return Budget(answer.choice.label, tuple(months))

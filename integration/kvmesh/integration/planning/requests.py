@@ -58,6 +58,39 @@ def generate(workload: traffic.Workload, count: int, requests_s: float, seed: in
     return Workload(requests, BLOCK_SIZE)
 
 
+def interleaved(workload: traffic.Workload, count: int, active: int, seed: int) -> Workload:
+    """`count` requests in the order in which a closed loop is to take them: at any time `active`
+    sessions are open, each as likely to be next, and one that ends is followed by a new one. Each
+    session is there from its first turn on.
+
+    Raises ValueError if count or active is not positive.
+    """
+    if count < 1 or active < 1:
+        raise ValueError(f"count is {count} and active {active}, both must be at least 1")
+    rng = np.random.default_rng(seed)
+    turns = _endless(workload, rng)
+    open_sessions = [next(turns) for _ in range(active)]
+    requests = []
+    for _ in range(count):
+        place = int(rng.integers(active))
+        turn = open_sessions[place].pop(0)
+        if not open_sessions[place]:
+            open_sessions[place] = next(turns)
+        ids = _ids(workload, turn)
+        requests.append(TraceRequest(0.0, turn.input_tokens, turn.output_tokens, ids))
+    return Workload(tuple(requests), BLOCK_SIZE)
+
+
+def _endless(workload: traffic.Workload, rng: np.random.Generator) -> Iterator[list[_Turn]]:
+    session = workload.session
+    index = 0
+    while True:
+        turns = int(session.turns.draw(rng, 1)[0])
+        group = int(rng.integers(session.groups))
+        yield list(_session(workload, (index, group, 0.0), turns, rng))
+        index += 1
+
+
 def mix(workload: traffic.Workload, seed: int = 0, hits: float = 1.0) -> Traffic:
     """Lengths of prompts and outputs over all turns, and the share of prompt tokens that a cache
     knows; hits: of those that it could know, the share that it does."""

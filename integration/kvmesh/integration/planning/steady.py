@@ -139,6 +139,15 @@ class SteadyState:
         drain = float(np.trapezoid(seconds, steps)) / self.limits.accepted
         return full, float(total / (before + drain))
 
+    def loadgen(self, requests_s: float, samples: float) -> tuple[Steady, float]:
+        """(steady state, output tokens per second in LoadGen's window) of `samples` requests that
+        come at that rate: from the first to the end of the one that was sent last, which may be of
+        any length; all tokens count, those that come later too."""
+        steady = self.under(requests_s)
+        served = min(requests_s, steady.output_tokens_s / self.traffic.outputs.mean)
+        window = samples / served + self.traffic.outputs.grid * steady.tpot_s
+        return steady, float((samples * self.traffic.outputs.mean / window).mean())
+
     def first_token_s(self, steady: Steady) -> float:
         """Mean seconds to the first token where decoding workers compute prompts: half a step until
         the next one begins, and the steps of the prompt's chunks. Queues are left out."""

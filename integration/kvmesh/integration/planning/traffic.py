@@ -119,6 +119,13 @@ def load_workload(name: str) -> Workload:
     return workload.model_copy(update={"default": scenario})
 
 
+def workload_text(name: str) -> str:
+    """The file of a workload that load_workload() knows by this name."""
+    base = name.partition(":")[0]
+    path = Path(name) if Path(name).is_file() else Path(base)
+    return (path if path.suffix == ".toml" else _find(base)).read_text(encoding="utf-8")
+
+
 def _find(name: str) -> Path:
     path = _folder() / f"{name}.toml"
     if path.is_file():

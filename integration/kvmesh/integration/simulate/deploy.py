@@ -88,7 +88,7 @@ def _clockwork(scenario: Scenario, pool: WorkerPool, drafts: int) -> tuple[StepT
         pool.parallel,
         scenario.formats(),
         Options(
-            "balanced" if options.expert_balance else "power_law",
+            "placed" if options.expert_balance else "power_law",
             drafts,
             options.fused,
         ),

@@ -120,8 +120,10 @@ class Lane:
 
     def _draw(self, plans: list[list[Planned]], steps: int) -> tuple[list[Counts | None], int]:
         """What the sequences of each rank get from so many steps, or fewer if one ends before."""
+        if self._drafts is None:
+            return [None] * len(plans), steps
         decodes = [[step.sequence for step in plan if _decodes(step)] for plan in plans]
-        if self._drafts is None or not any(decodes):
+        if not any(decodes):
             return [None] * len(plans), steps
         computed = np.array([s.computed for each in decodes for s in each], np.int64)
         left = np.array([s.tokens_left for each in decodes for s in each], np.int64)
@@ -136,18 +138,18 @@ class Lane:
         self, now: float, steps: int, plans: list[list[Planned]], counts: list[Counts | None]
     ) -> Run:
         timer = self._deployed.timer
-        works = [self._work(plan, None, 0) for plan in plans]
+        works = [self._work(plan) for plan in plans]
         first = timer.time(works)
         rise = 0.0
         if steps > 1:
-            pairs = zip(plans, counts, strict=True)
-            last = timer.time([self._work(plan, each, steps - 1) for plan, each in pairs])
+            pairs = zip(works, counts, strict=True)
+            last = timer.time([self._later(work, each, steps - 1) for work, each in pairs])
             rise = (last.latency_s - first.latency_s) / (steps - 1)
         prefill = sum(work.prefill_tokens for work in works)
         return Run(now, steps, first.latency_s, rise, first.occupied_s, plans, counts, prefill)
 
-    def _work(self, plan: list[Planned], counts: Counts | None, after: int) -> StepWork:
-        """One rank's step, `after` steps on."""
+    def _work(self, plan: list[Planned]) -> StepWork:
+        """One rank's step."""
         window = self._deployed.window or (1 << 62)
         tokens = chunks = attended = read = outputs = decodes = context = 0
         w_attended = w_read = w_context = 0
@@ -165,12 +167,23 @@ class Lane:
                 outputs += step.want_logits
                 w_attended += windowed_attended(start, count, window)
                 w_read += min(start, window) + count
-        if after:
-            grown = int(counts[:after].sum()) if counts is not None else after * decodes
-            context += grown
-            w_context = min(w_context + grown, window * decodes)
         return StepWork(
             tokens, chunks, attended, read, outputs, decodes, context, w_attended, w_read, w_context
+        )
+
+    def _later(self, work: StepWork, counts: Counts | None, steps: int) -> StepWork:
+        """The step of the same decoding sequences, so many steps on."""
+        count = work.decode_sequences
+        if not count:
+            return work
+        grown = int(counts[:steps].sum()) if counts is not None else steps * count
+        windowed = work.windowed_decode or 0
+        if self._deployed.window is not None:
+            windowed = min(windowed + grown, self._deployed.window * count)
+        return StepWork(
+            decode_sequences=count,
+            decode_context=work.decode_context + grown,
+            windowed_decode=windowed if self._deployed.window is not None else None,
         )
 
 

@@ -44,7 +44,7 @@ class Optimisations:
     kv: str = "fp16"
     fused: bool = True
     balance: bool = True
-    expert_balance: bool = False
+    expert_balance: bool = True
     acceptance: tuple[float, ...] = ()
     policy: str = "kv-aware"
 

@@ -48,8 +48,10 @@ class Compiled:
 
 def missing() -> str | None:
     """None if NVRTC can be imported, else what to install."""
-    if importlib.util.find_spec("cuda") is None:
-        return "cuda-bindings cannot be imported; install kvmesh[cuda]"
+    # Other distributions have a part of the namespace package `cuda`.
+    for name in ("cuda", "cuda.bindings"):
+        if importlib.util.find_spec(name) is None:
+            return "cuda-bindings cannot be imported; install kvmesh[cuda]"
     return None
 
 

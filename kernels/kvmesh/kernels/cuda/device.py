@@ -98,8 +98,8 @@ class Device(Protocol):
         """Records the launches of `work` without running them; the result runs them again.
 
         They keep the addresses, scalars and grids of now: what may change lies in device memory.
-        `work` may only launch kernels that have run before; whoever keeps the result also keeps
-        the arrays alive.
+        `work` may only launch kernels that have run before. The result keeps `work`, and with it
+        the arrays that it has.
         """
         ...
 
@@ -201,9 +201,10 @@ class CupyDevice:
                     self._stream.end_capture()
                 raise
             graph = self._stream.end_capture()
-        return partial(self._replay, graph)
+        return partial(self._replay, graph, work)
 
-    def _replay(self, graph: Any) -> None:
+    def _replay(self, graph: Any, work: Callable[[], None]) -> None:
+        """work: not called; its arrays must live as long as the graph."""
         with self._device:
             graph.launch(self._stream)
 

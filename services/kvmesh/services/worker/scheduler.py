@@ -153,13 +153,16 @@ class Scheduler:
         is pre-empted and none that waits finds room, if nothing is submitted meanwhile. width: most
         tokens of a sequence per step.
         """
-        if self._adoptions or self._leaving or not all(step.want_logits for step in plan):
+        if self._adoptions or self._leaving:
             return 1
-        if any(step.count > 1 for step in plan):
-            return 1
-        most = min(most, min(step.sequence.tokens_left for step in plan))
-        while most > 1 and _lacking(plan, most * width) > self.cache.available:
-            most //= 2
+        for step in plan:
+            if step.count > 1 or not step.want_logits:
+                return 1
+            most = min(most, step.sequence.tokens_left)
+        # At most one block more than its tokens fill, for each: mostly there is room for that.
+        if len(plan) * (_blocks(most * width) + 1) > self.cache.available:
+            while most > 1 and _lacking(plan, most * width) > self.cache.available:
+                most //= 2
         # Who was pre-empted for this plan may fit again at once.
         return most if most > 1 and self._room_for_next() is None else 1
 
