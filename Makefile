@@ -2,6 +2,7 @@
 #   make demo   set up, then watch a model answer through a mesh
 #   make test   set up with the test tools, then run every test
 #   make lint   ruff, mypy (strict), pyright
+#   make plots  measure codec and kernels anew, and draw docs/figures (half an hour)
 #   make oip-client   an environment of its own for Triton's client, which one test runs
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 SOURCES := services backends kernels cli integration
 PROTOS := $(wildcard protos/kvmesh/*/*.proto) protos/hatch_build.py
 
-.PHONY: demo test lint format install bench clean requirements oip-client
+.PHONY: demo test lint format install bench plots clean requirements oip-client
 
 demo: $(VENV)/installed
 	$(BIN)/kvmesh demo
@@ -41,6 +42,10 @@ $(VENV)/oip-client/installed: $(VENV)/packages
 
 bench: $(VENV)/installed
 	$(BIN)/kvmesh bench mesh
+
+plots: $(VENV)/installed
+	$(BIN)/kvmesh bench codec --plot docs/figures/codec-kl.svg
+	$(BIN)/kvmesh bench kernels --plot docs/figures/kernels-decode.svg
 
 # Compiles the kernels once, so that the first mesh starts as fast as the second.
 $(VENV)/installed: $(VENV)/packages $(PROTOS) pyproject.toml

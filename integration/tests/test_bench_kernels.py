@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -88,8 +89,6 @@ def test_nothing_to_measure_or_to_draw_is_refused():
 @pytest.mark.parametrize("codec", ["k4v4", "k3v2", "k8v8"])
 @pytest.mark.parametrize("op", ["decode", "prefill"])
 def test_our_output_is_fp64_attention_on_the_same_codes(op, codec):
-    from dataclasses import replace
-
     ready = CpuKernels().prepare(replace(TINY, op=op, codec=codec))
     error = ready.error()
     assert error is not None and error <= 2e-4
