@@ -87,7 +87,13 @@ def _backend(name: str) -> "tuple[KernelBackend, Stopwatch]":
     from kvmesh.integration.bench_kernels import Clock
     from kvmesh.integration.bench_kernels_cpu import CpuKernels
 
-    return CpuKernels(), Clock(time.perf_counter, lambda: time.sleep(_REST_S))
+    measured = CpuKernels()
+
+    def rest() -> None:
+        time.sleep(_REST_S)
+        measured.empty_caches()
+
+    return measured, Clock(time.perf_counter, rest)
 
 
 def _coded() -> list[str]:
