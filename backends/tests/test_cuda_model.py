@@ -100,7 +100,13 @@ def test_cuda_times_its_steps_and_fits_an_estimate(checkpoint):
     with closing(open_on_shim(checkpoint.folder, OPTIONS)) as model:
         model.forward([Segment(0, 0, np.zeros(70, np.int64), TABLE)])
         filled = model.last_step
-        assert model.last_shape == StepShape(prefill_tokens=70, context_tokens=70 * 71 // 2)
+        assert model.last_shape == StepShape(
+            prefill_tokens=70,
+            context_tokens=70 * 71 // 2,
+            prefill_chunks=1,
+            prefill_context=70,
+            prefill_outputs=1,
+        )
         assert filled.sealed_blocks == 1 and 0 < filled.seal_s < filled.total_s
         model.forward([Segment(0, 70, np.zeros(1, np.int64), TABLE)])
         assert model.last_step.seal_s == 0 and model.last_step.simulated_s is None

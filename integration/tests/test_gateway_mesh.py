@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -238,17 +239,20 @@ async def test_a_constraint_survives_hand_over_and_migration(tmp_path: Path) -> 
             constraint=common_pb2.OutputConstraint(json_schema=schema),
         )
     )  # fmt: skip
-    config = mesh_config(workers)
+    # Whatever a busy machine's first steps make of the estimates, it is handed over.
+    config = mesh_config(workers, router=RouterConfig(port=0, handover_patience=1000.0))
     async with running_mesh(config, tmp_path) as mesh, inference(await ready(mesh)) as client:
         calm = await run_request(client, request)
         assert calm.error == "" and calm.usage.prefill_worker
-        for victim in ("worker-1", "worker-2"):  # one of them runs it
+        restarts: Counter[str] = Counter()
+        moved = calm
+        while not moved.usage.migrations and restarts.total() < 4:
+            victim = moved.usage.decode_worker  # has the prefix, so most likely it runs it again
             moved = await run_request(client, request, KillAfter(mesh, victim, 20))
             assert moved.error == ""
             assert moved.token_ids == calm.token_ids
-            if moved.usage.migrations:
-                break
-            await mesh.wait_restarted(victim, 1)
+            restarts[victim] += 1
+            await mesh.wait_restarted(victim, restarts[victim])
         assert moved.usage.migrations >= 1
     found = json.loads(calm.text)
     assert len(found["names"]) == 12 and all(8 <= len(name) <= 12 for name in found["names"])

@@ -47,7 +47,9 @@ async def test_the_outputs_can_tell_requests_apart(expected: list[list[int]]) ->
 
 async def test_disaggregated_batched_and_cached(expected: list[list[int]], tmp_path: Path) -> None:
     """Hand-over with 16 at once; then again one by one, where every full block is a hit."""
-    config = mesh_config(router=RouterConfig(port=0, handover_min_tokens=64))
+    config = mesh_config(
+        router=RouterConfig(port=0, handover_min_tokens=64, handover_patience=1000.0)
+    )
     async with started(config, tmp_path) as (_, client):
         requests = identity_requests()
         miss = await closed_loop(client, requests, concurrency=16)

@@ -49,7 +49,9 @@ def long_request() -> inference_pb2.GenerateRequest:
 
 
 async def test_every_leg_is_in_the_one_trace(tmp_path: Path) -> None:
-    config = mesh_config(router=RouterConfig(port=0, handover_min_tokens=64))
+    config = mesh_config(
+        router=RouterConfig(port=0, handover_min_tokens=64, handover_patience=1000.0)
+    )
     seen: list[inference_pb2.GenerateResponse] = []
     async with running_mesh(config, tmp_path) as mesh, inference(await ready(mesh)) as client:
         result = await run_request(client, long_request(), seen.append)

@@ -26,7 +26,7 @@ from kvmesh.v1 import (
 PROMPT_TOKENS = 150  # two blocks, and some
 # Calls that stream, or that compute for as long as they are asked to.
 _LASTING = frozenset(
-    {"Generate", "ModelInfer", "ModelStreamInfer", "Attach", "Watch", "Detokenize"}
+    {"Generate", "GenerateMany", "ModelInfer", "ModelStreamInfer", "Attach", "Watch", "Detokenize"}
 )
 _SAMPLING = common_pb2.SamplingParams(
     temperature=0.7, top_k=5, top_p=0.9, min_p=0.01, repetition_penalty=1.1, seed=3, max_tokens=4,
@@ -123,8 +123,14 @@ def _inference_seeds() -> dict[str, Sequence[Message]]:
         make(chat=_chat(), sampling=_SAMPLING, echo_token_ids=True),
         make(tokens=inference_pb2.TokenPrompt(ids=range(9, 90)), sampling=constrained),
     ]
+    make_item = inference_pb2.GenerateItem
+    items = [make_item(id=number, request=request) for number, request in enumerate(generate)]
     return {
         "Generate": generate,
+        "GenerateMany": [
+            inference_pb2.GenerateBatch(items=items),
+            inference_pb2.GenerateBatch(items=[items[0], make_item(id=0, cancel=True)]),
+        ],
         "Route": [inference_pb2.RouteRequest(request=request) for request in generate],
     }
 
