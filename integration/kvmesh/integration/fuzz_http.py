@@ -8,6 +8,7 @@ bytes of the whole request. One number, the seed, makes all of them.
 
 import argparse
 import asyncio
+import copy
 import json
 import random
 import sys
@@ -156,9 +157,14 @@ def _mutate_value(rng: random.Random, value: dict[str, Any]) -> None:
     if act == 0:
         del at[key]
     elif act == 1 and isinstance(at, dict):
-        at[rng.choice(("x", "", "stop", "n", "tools", "user", "\x00"))] = rng.choice(ODD)
+        at[rng.choice(("x", "", "stop", "n", "tools", "user", "\x00"))] = _odd(rng)
     else:
-        at[key] = rng.choice(ODD)
+        at[key] = _odd(rng)
+
+
+def _odd(rng: random.Random) -> Any:
+    """A copy, since a later mutation may change it in place."""
+    return copy.deepcopy(rng.choice(ODD))
 
 
 def _mutate_bytes(rng: random.Random, data: bytes, pieces: tuple[bytes, ...]) -> bytes:
