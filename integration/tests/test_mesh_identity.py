@@ -24,7 +24,7 @@ from meshes import (
 from kvmesh.integration.loadgen import RequestResult, closed_loop
 from kvmesh.services.common.config import RouterConfig, WorkerConfig
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.asyncio(loop_scope="module")]
+pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
