@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import pytest
 
-from kvmesh.kernels.cpu import lanes, simd
+from kvmesh.kernels.cpu import lanes, simd, vectors
 
 
 @numba.njit
@@ -26,7 +26,7 @@ def run_all(halves, wide, scores, peak, dots, scaled):
 @numba.njit
 def powers(x, out):
     for i in range(x.size):
-        out[i] = lanes.exp2(x[i])
+        out[i] = vectors.exp2(x[i])
 
 
 @numba.njit

@@ -10,21 +10,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvmesh.kernels.cpu.dot import dot_rows, set_tile, set_weights
+from kvmesh.kernels.cpu.hadamard import hadamard
 from kvmesh.kernels.cpu.jit import kernel
 from kvmesh.kernels.cpu.lanes import (
     accumulate,
-    exp2,
+    add_products,
     exponents,
     fetch_halves,
-    get,
-    get_int,
     largest,
-    put,
     scale_dots,
     widen_halves,
 )
 from kvmesh.kernels.cpu.simd import ROWS
-from kvmesh.kernels.cpu.tile import hadamard, plane_at, read_floats
+from kvmesh.kernels.cpu.tile import plane_at, read_floats
+from kvmesh.kernels.cpu.vectors import exp2, get, get_int, put
 from kvmesh.kernels.layout import BLOCK_SIZE
 
 _ZERO = np.float32(0.0)
@@ -211,8 +210,8 @@ def start_row(geo: Any, table: Any, query: Any, center: Any, scratch: Any, row: 
     for j in range(geo.dim):
         own[j] = query[j] * scale
     if geo.key_bits <= 8:
+        bias = add_products(own.ctypes.data, center.ctypes.data, geo.dim)
         for j in range(geo.dim):
-            bias = bias + own[j] * center[j]
             own[j] = own[j] * table.signs[j]
         hadamard(own, table.base)
         for j in range(geo.dim):

@@ -174,31 +174,6 @@ def make_scratch(dim: int, rows: int) -> Any:
 
 
 @kernel
-def hadamard(x: Any, base: Any) -> None:
-    """Unnormalised Hadamard transform of fp32 [dim], in place; base: rotation.base(dim)."""
-    count = base.shape[0]
-    columns = x.size // count
-    span = 1
-    while span < columns:
-        for start in range(0, x.size, 2 * span):
-            for i in range(start, start + span):
-                low = x[i]
-                high = x[i + span]
-                x[i] = low + high
-                x[i + span] = low - high
-        span *= 2
-    if count > 1:
-        before = np.empty(x.size, np.float32)
-        for i in range(x.size):
-            before[i] = x[i]
-        for i in range(x.size):
-            total = base[i // columns, 0] * before[i % columns]
-            for j in range(1, count):
-                total = total + base[i // columns, j] * before[j * columns + i % columns]
-            x[i] = total
-
-
-@kernel
 def _read_floats(pool: Any, block: int, offset: int, bits: int, out: Any) -> None:
     """Reads out.size floats of 16 or 32 bits, `offset` bytes into a block. out: contiguous."""
     for i in range(out.size):
