@@ -25,7 +25,7 @@ from kvmesh.kernels.layout import BLOCK_SIZE
 
 cgutils: Any = untyped_cgutils
 
-_SMALLEST = 2.0**-100  # a row of weights without a larger one is zeros
+SMALLEST = 2.0**-100  # a row of weights without a larger one is zeros
 _FROM_HALF = 2.0**112
 
 
@@ -103,39 +103,22 @@ def _round(
     total = cgutils.alloca_once_value(b, at.integer(0))
     with cgutils.for_range(b, steps) as loop:
         i = b.mul(loop.index, I64(WIDTH))
-        whole = _set_whole(at, b.fmul(at.load(FLOAT, x, i), factor), (wide, high, low), i)
+        whole = set_whole(at, b.fmul(at.load(FLOAT, x, i), factor), (wide, high, low), i)
         b.store(b.add(b.load(total), whole), total)
     _store_one(b, I32, b.mul(at.reduce([b.load(total)], b.add), I32(255)), offset)
-
-
-def _round_tile(
-    b: Any, x: Any, scales: Any, wide: Any, high: Any, low: Any, unit: Any, offset: Any
-) -> None:
-    at = Emitter(b)
-    rows = _tile_rows()
-    values = [b.fmul(at.load(FLOAT, x, i), at.load(FLOAT, scales, i)) for i in rows]
-    tops = [at.absolute(value) for value in values]
-    while len(tops) > 1:
-        tops = [at.larger(a, c) for a, c in zip(tops[::2], tops[1::2], strict=True)]
-    factor = _set_unit(at, tops[0], unit)
-    moved = [b.fmul(value, factor) for value in values]
-    wholes = [
-        _set_whole(at, value, (wide, high, low), i) for value, i in zip(moved, rows, strict=True)
-    ]
-    _store_one(b, I32, b.mul(at.reduce(wholes, b.add), I32(255)), offset)
 
 
 def _set_unit(at: Emitter, tops: Any, unit: Any) -> Any:
     """Writes what a weight of one stands for; returns what to multiply by, in every lane."""
     b = at.b
     most = at.reduce([tops], at.larger)
-    some = b.fcmp_ordered(">", most, FLOAT(_SMALLEST))
+    some = b.fcmp_ordered(">", most, FLOAT(SMALLEST))
     scale = b.select(some, b.fdiv(FLOAT(float(simd.LARGEST)), most), FLOAT(0.0))
     _store_one(b, FLOAT, b.fmul(most, FLOAT(1 / simd.LARGEST)), unit)
     return at.spread(scale)
 
 
-def _set_whole(at: Emitter, value: Any, outs: tuple[Any, Any, Any], i: Any) -> Any:
+def set_whole(at: Emitter, value: Any, outs: tuple[Any, Any, Any], i: Any) -> Any:
     """Writes the nearest integers of one vector, and returns them."""
     b = at.b
     moved = b.bitcast(b.fadd(value, at.real(ROUND)), at.kind(I32))
@@ -175,8 +158,6 @@ exponents = function("exponents", _exponents, REAL, [INT, REAL])
 add_products = function("add_products", _add_products, REAL, [INT] * 3)
 # fp32 x of a size that is a multiple of eight, to one row of dot.py's Weights
 round_row = function("round_row", _round, types.none, [INT] * 7)
-# The same of x * scales, 64 of them
-round_tile = function("round_tile", _round_tile, types.none, [INT] * 7)
 # mixed = mixed * fade + unit * (2 dots - offset): (dots, mixed, size, unit, offset, fade)
 accumulate = function(
     "accumulate", _accumulate, types.none, [INT] * 3 + [REAL, types.int32, REAL]
