@@ -25,10 +25,10 @@ def _across(b: Any, rows: list[Any], join: Any) -> Any:
         return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, 4), order))
 
     halves = [join(mix(x, x, [0, 1, 2, 3]), mix(x, x, [4, 5, 6, 7])) for x in rows]
-    pairs = [
+    low, high = (
         join(mix(x, y, [0, 1, 4, 5]), mix(x, y, [2, 3, 6, 7])) for x, y in (halves[:2], halves[2:])
-    ]
-    return join(mix(*pairs, [0, 2, 4, 6]), mix(*pairs, [1, 3, 5, 7]))
+    )
+    return join(mix(low, high, [0, 2, 4, 6]), mix(low, high, [1, 3, 5, 7]))
 
 
 class _Step:
