@@ -36,10 +36,13 @@ async def test_needle_tells_every_cell(tmp_path: Path) -> None:
     """A coroutine, as a command that runs a mesh has an event loop of its own."""
     import asyncio
 
-    arguments = ["eval", "needle", "--codecs", "auto", "--lengths", "256", "--depths", "0,1"]
+    arguments = ["eval", "needle", "--codecs", "fp16,auto", "--lengths", "256", "--depths", "0,1"]
     arguments += ["--cases", "2", "--json", "--plots", str(tmp_path)]
     told = json.loads(await asyncio.to_thread(invoke, *arguments))
-    assert [score["group"] for score in told["scores"]] == [["256", "0%"], ["256", "100%"]]
+    assert [score["group"] for score in told["scores"][2:]] == [["256", "0%"], ["256", "100%"]]
+    assert [score["codec"] for score in told["scores"]] == ["fp16"] * 2 + ["auto"] * 2
+    found = told["differences"]["auto"]
+    assert found["cases"] == 2 and found["low"] <= found["mean"] <= found["high"]
     assert all(score["cases"] == 1 and not score["errors"] for score in told["scores"])
     assert (tmp_path / "needle-auto.svg").read_text().startswith("<svg")
 
