@@ -27,7 +27,7 @@ SeedOption = Annotated[int, typer.Option(min=0, max=(1 << 40) - 1, help="First d
 Lengths = Annotated[str, typer.Option(help="Document lengths in tokens, comma-separated.")]
 Plots = Annotated[
     Path | None,
-    typer.Option("--plots", help="Write plots (SVG) into this folder.", file_okay=False),
+    typer.Option("--plots", help="Write plots, SVG and PNG, into this folder.", file_okay=False),
 ]
 
 
@@ -286,9 +286,15 @@ def _print_scores(name: str, scores: "Sequence[Score]", **more: Any) -> None:
 
 
 def _write(folder: Path, plots: "Mapping[str, str]") -> None:
+    """plots: SVG by name; each is drawn as PNG too."""
+    from kvmesh.integration.plot_png import draws_text, png
+
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in plots.items():
         (folder / f"{name}.svg").write_text(text, encoding="utf-8")
+        (folder / f"{name}.png").write_bytes(png(text))
+    if not draws_text():
+        typer.echo("no font is installed: the PNG plots lack their text, the SVG have it", err=True)
 
 
 def _checked(make: "Callable[..., list[EvalCase]]", *arguments: Any) -> "list[EvalCase]":
