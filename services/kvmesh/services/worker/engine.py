@@ -20,6 +20,7 @@ from kvmesh.services.worker.blocks import CacheEvents
 from kvmesh.services.worker.device_use import DeviceMeter, StepPart
 from kvmesh.services.worker.limits import Counters, Limits, Planned
 from kvmesh.services.worker.sampler import sample
+from kvmesh.services.worker.pace import Pace
 from kvmesh.services.worker.scheduler import Scheduler
 from kvmesh.services.worker.sequence import (
     Fetched,
@@ -130,8 +131,10 @@ class Engine:
         self._stopped = False
         self._refusals: list[tuple[int, MeshError]] = []
         self._wishes: list[FetchWish] = []
-        self._estimate = model.estimate()
+        self._estimate = self._told = model.estimate()
         self._estimate_at = clock()
+        # A simulated device's clock does not run while this loop works.
+        self._pace = None if model.device.simulated else Pace(self._estimate, clock())
         self._meter = DeviceMeter(model.device.simulated, clock())
         self._virtual = _virtual_clock(model.device)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -182,6 +185,8 @@ class Engine:
                     self._step(plan)
                 self._report(stepped=bool(plan))
                 self._export()
+                if plan and self._pace is not None:
+                    self._pace.stepped(plan, self._clock())
             except Exception:
                 logger.exception("unexpected error in the engine; all its requests end")
                 self._fail(list(self._scheduler.active))
@@ -196,6 +201,8 @@ class Engine:
                 if left is not None and left <= 0:
                     break
                 self._wake.wait(left)
+                if self._pace is not None:
+                    self._pace.woke(self._clock())
             return not self._stopped
 
     def _step(self, plan: list[Planned]) -> None:
@@ -324,6 +331,7 @@ class Engine:
         now = self._clock()
         if now - self._estimate_at >= ESTIMATE_EVERY_S:
             self._estimate, self._estimate_at = self._model.estimate(), now
+            self._told = self._estimate if self._pace is None else self._pace.estimate()
         scheduler = self._scheduler
         return Load(
             running=scheduler.num_running,
@@ -331,7 +339,7 @@ class Engine:
             pending_prefill_tokens=scheduler.pending_prefill_tokens,
             blocks_total=scheduler.cache.num_blocks,
             blocks_free=scheduler.cache.available,
-            estimate=self._estimate,
+            estimate=self._told,
             counters=scheduler.counters.copy(),
         )
 
