@@ -103,9 +103,7 @@ def _row(shape: StepShape) -> tuple[int, int, int, int]:
     return 1, shape.prefill_tokens, shape.decode_sequences, shape.context_tokens
 
 
-def _solve_non_negative(
-    gram: _Floats, target: _Floats
-) -> _Floats:
+def _solve_non_negative(gram: _Floats, target: _Floats) -> _Floats:
     """The x >= 0 of least x'Gx / 2 - t'x, for a positive definite G of a few rows.
 
     Solves for each choice of unknowns that are not zero; the best valid one is the answer.

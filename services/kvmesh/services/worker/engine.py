@@ -19,8 +19,8 @@ from kvmesh.services.kvcache.client import SealedBlock
 from kvmesh.services.worker.blocks import CacheEvents
 from kvmesh.services.worker.device_use import DeviceMeter, StepPart
 from kvmesh.services.worker.limits import Counters, Limits, Planned
-from kvmesh.services.worker.sampler import sample
 from kvmesh.services.worker.pace import Pace
+from kvmesh.services.worker.sampler import sample
 from kvmesh.services.worker.scheduler import Scheduler
 from kvmesh.services.worker.sequence import (
     Fetched,
