@@ -18,6 +18,7 @@ from kvmesh.services.kvcache.client import SealedBlock
 from kvmesh.services.worker.device_use import DeviceMeter, StepPart
 from kvmesh.services.worker.limits import Limits, Planned
 from kvmesh.services.worker.outcome import Exported, FetchWish, Load, Outcome
+from kvmesh.services.worker.pace import Pace
 from kvmesh.services.worker.sampler import sample
 from kvmesh.services.worker.scheduler import Scheduler
 from kvmesh.services.worker.sequence import Fetched, Sequence, State, Tail, Work
@@ -54,8 +55,10 @@ class Engine:
         self._stopped = False
         self._refusals: list[tuple[int, MeshError]] = []
         self._wishes: list[FetchWish] = []
-        self._estimate = model.estimate()
+        self._estimate = self._told = model.estimate()
         self._estimate_at = clock()
+        # A simulated device's clock does not run while this loop works.
+        self._pace = None if model.device.simulated else Pace(self._estimate, clock())
         self._meter = DeviceMeter(model.device.simulated, clock())
         self._virtual = _virtual_clock(model.device)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -106,6 +109,8 @@ class Engine:
                     self._step(plan)
                 self._report(stepped=bool(plan))
                 self._export()
+                if plan and self._pace is not None:
+                    self._pace.stepped(plan, self._clock())
             except Exception:
                 logger.exception("unexpected error in the engine; all its requests end")
                 self._fail(list(self._scheduler.active))
@@ -120,6 +125,8 @@ class Engine:
                 if left is not None and left <= 0:
                     break
                 self._wake.wait(left)
+                if self._pace is not None:
+                    self._pace.woke(self._clock())
             return not self._stopped
 
     def _step(self, plan: list[Planned]) -> None:
@@ -248,6 +255,7 @@ class Engine:
         now = self._clock()
         if now - self._estimate_at >= ESTIMATE_EVERY_S:
             self._estimate, self._estimate_at = self._model.estimate(), now
+            self._told = self._estimate if self._pace is None else self._pace.estimate()
         scheduler = self._scheduler
         return Load(
             running=scheduler.num_running,
@@ -255,7 +263,7 @@ class Engine:
             pending_prefill_tokens=scheduler.pending_prefill_tokens,
             blocks_total=scheduler.cache.num_blocks,
             blocks_free=scheduler.cache.available,
-            estimate=self._estimate,
+            estimate=self._told,
             counters=scheduler.counters.copy(),
         )
 
