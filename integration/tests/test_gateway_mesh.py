@@ -23,8 +23,6 @@ from kvmesh.services.traces.query import Filter
 from kvmesh.services.traces.reader import SpanReader
 from kvmesh.v1 import common_pb2, inference_pb2
 
-pytestmark = pytest.mark.timeout(240)
-
 ASK: list[ChatCompletionMessageParam] = [
     {"role": "user", "content": "The code of Mirado is 5. What is the code of Mirado?"}
 ]

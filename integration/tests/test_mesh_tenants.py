@@ -27,8 +27,6 @@ from kvmesh.services.traces.query import Filter
 from kvmesh.services.traces.reader import SpanReader
 from kvmesh.v1 import common_pb2
 
-pytestmark = pytest.mark.timeout(240)
-
 TOKEN = "s3cret-token-of-the-operator"
 GREEDY = common_pb2.SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 PROMPT = max(prompts(), key=len)

@@ -172,6 +172,3 @@ async def test_the_standard_variable_joins_or_replaces_the_store(tmp_path: Path,
         with SpanReader(traces_path(tmp_path)) as reader:
             stored = reader.spans(seen[-1].trace_id)
     assert bool(stored) is (otlp == "join")
-
-
-pytestmark = pytest.mark.timeout(180)

@@ -24,8 +24,6 @@ from kvmesh.services.traces.query import Filter
 from kvmesh.services.traces.reader import SpanReader
 from kvmesh.v1 import common_pb2, inference_pb2
 
-pytestmark = pytest.mark.timeout(240)
-
 TRITON_PYTHON = Path(sys.prefix) / "oip-client" / "bin" / "python"  # made by `make oip-client`
 SAMPLING = {"temperature": 1.0, "seed": 11, "max_tokens": 20, "ignore_eos": True}
 
