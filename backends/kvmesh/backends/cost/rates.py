@@ -127,7 +127,12 @@ class Rates:
         memory, compute, floor = _values(row, "memory", "compute", "floor_s")
         # Both shares are of one measured time, whose bytes alone take _ATTENTION_S.
         freed = without_floor(memory, _ATTENTION_S, floor) / memory
-        compute = compute * freed if latent else compute
+        if latent:
+            compute *= freed
+            # In that time 128 heads do their math, so it shows the least that memory bears. Where
+            # tensor parallelism leaves few heads, it is read as fast as other keys and values.
+            memory = max(memory, _values(self._look("gqa_decode", dtype), "memory")[0])
+            freed = without_floor(memory, _ATTENTION_S, floor) / memory
         return Rate(
             peak * self._share(compute), self._bandwidth * self._share(memory * freed), floor
         )
