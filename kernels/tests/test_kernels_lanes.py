@@ -187,7 +187,6 @@ def fastest() -> str:
     return whole(simd.available()[0])
 
 
-@pytest.mark.timeout(600)  # the first run compiles every kernel for the path
 @pytest.mark.parametrize("path", [*simd.available()[1:], "emulated"])
 def test_whole_attention_is_the_same_bits_on_every_instruction_set(path, fastest):
     assert whole(path) == fastest
