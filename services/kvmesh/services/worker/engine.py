@@ -8,104 +8,28 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 
-from kvmesh.backends.base import BlockPool, DeviceInfo, Estimate, Model, Segment
+from kvmesh.backends.base import DeviceInfo, Model, Segment
 from kvmesh.kernels.errors import BlockError
 from kvmesh.kernels.layout import BLOCK_SIZE
 from kvmesh.services.common.errors import MeshError
 from kvmesh.services.kvcache.client import SealedBlock
-from kvmesh.services.worker.blocks import CacheEvents
 from kvmesh.services.worker.device_use import DeviceMeter, StepPart
-from kvmesh.services.worker.limits import Counters, Limits, Planned
+from kvmesh.services.worker.limits import Limits, Planned
+from kvmesh.services.worker.outcome import Exported, FetchWish, Load, Outcome
 from kvmesh.services.worker.pace import Pace
 from kvmesh.services.worker.sampler import sample
 from kvmesh.services.worker.scheduler import Scheduler
-from kvmesh.services.worker.sequence import (
-    Fetched,
-    Sequence,
-    State,
-    Tail,
-    Update,
-    Work,
-)
+from kvmesh.services.worker.sequence import Fetched, Sequence, State, Tail, Work
 from kvmesh.services.worker.timeline import TransferTime
+from kvmesh.services.worker.verified_pool import VerifiedPool
 from kvmesh.services.worker.virtual import VirtualClock
 
 logger = logging.getLogger(__name__)
 
 EXPORT_BLOCKS = 16  # copied out per step; more would hold up those that decode
 ESTIMATE_EVERY_S = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """How busy the engine is; the fields of kvmesh.v1.LoadReport."""
-
-    running: int
-    waiting: int
-    pending_prefill_tokens: int
-    blocks_total: int
-    blocks_free: int
-    estimate: Estimate
-    counters: Counters
-
-
-@dataclass(frozen=True, slots=True)
-class FetchWish:
-    """Blocks [first, first + len(keys)) of a sequence are not here; then call `fetched`."""
-
-    work: Work
-    first: int
-    keys: tuple[bytes, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Exported:
-    """Sealed blocks for the shards. tail: of a hand-over, whose last export this then is."""
-
-    work: Work
-    blocks: tuple[SealedBlock, ...]
-    handover: bool = False
-    tail: Tail | None = None
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What a step, or a round of exports, brought. Each part in the order it happened."""
-
-    load: Load
-    events: CacheEvents
-    updates: list[Update] = field(default_factory=list)
-    refusals: list[tuple[int, MeshError]] = field(default_factory=list)  # ticket, why
-    wishes: list[FetchWish] = field(default_factory=list)
-    exports: list[Exported] = field(default_factory=list)
-
-
-class VerifiedPool:
-    """The scheduler's view of a pool: a block that does not verify is an answer, no exception."""
-
-    def __init__(self, pool: BlockPool) -> None:
-        self._pool = pool
-
-    def verify(self, block: int) -> bool:
-        return _verifies(partial(self._pool.verify_block, block))
-
-    def import_block(self, block: int, data: bytes) -> bool:
-        return _verifies(partial(self._pool.import_block, block, data))
-
-    def import_tail(self, slot: int, num_tokens: int, data: bytes) -> bool:
-        return _verifies(partial(self._pool.import_tail, slot, num_tokens, data))
-
-
-def _verifies(call: Callable[[], None]) -> bool:
-    try:
-        call()
-    except BlockError as error:
-        logger.warning("cached K and V are computed again: %s", error)
-        return False
-    return True
 
 
 class Engine:
