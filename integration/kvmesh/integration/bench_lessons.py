@@ -20,8 +20,8 @@ from kvmesh.services.common import names
 from kvmesh.services.common.errors import Unavailable
 from kvmesh.services.router.client import InferenceClient
 from kvmesh.services.router.cost import CostModel
+from kvmesh.services.traces.reader import SpanReader
 from kvmesh.services.traces.spans import Span
-from kvmesh.services.traces.store import SpanReader
 from kvmesh.v1 import common_pb2, inference_pb2
 
 SEVERAL = 3  # in flight, of those that teach
