@@ -92,7 +92,7 @@ class BlockCache:
         if (  # nothing of it is known, as in most prompts: all at once
             len(new) == len(keys)
             and id_of.keys().isdisjoint(keys)
-            and changes.keys().isdisjoint(keys)
+            and (not changes or changes.keys().isdisjoint(keys))
             and key_of.keys().isdisjoint(blocks)
         ):
             id_of.update(new)
@@ -148,6 +148,10 @@ class BlockCache:
         held, changes = self._id_of, self._changes
         if not changes:
             return _NO_EVENTS
+        if True not in changes.values() and changes.keys() <= held.keys():  # as most: all new
+            events = CacheEvents(tuple(changes), ())
+            changes.clear()
+            return events
         stored = tuple([key for key, was_held in changes.items() if not was_held and key in held])
         removed = tuple([key for key, was_held in changes.items() if was_held and key not in held])
         changes.clear()
