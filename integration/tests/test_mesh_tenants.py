@@ -24,7 +24,7 @@ from kvmesh.services.common.key_file import changing, read_document
 from kvmesh.services.common.security import Security
 from kvmesh.services.router.client import InferenceClient
 from kvmesh.services.traces.query import Filter
-from kvmesh.services.traces.store import SpanReader
+from kvmesh.services.traces.reader import SpanReader
 from kvmesh.v1 import common_pb2
 
 TOKEN = "s3cret-token-of-the-operator"

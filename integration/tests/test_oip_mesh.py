@@ -21,7 +21,7 @@ from kvmesh.oip import inference_pb2_grpc
 from kvmesh.services.common.config import GatewayConfig, WorkerConfig
 from kvmesh.services.router.client import InferenceClient
 from kvmesh.services.traces.query import Filter
-from kvmesh.services.traces.store import SpanReader
+from kvmesh.services.traces.reader import SpanReader
 from kvmesh.v1 import common_pb2, inference_pb2
 
 TRITON_PYTHON = Path(sys.prefix) / "oip-client" / "bin" / "python"  # made by `make oip-client`
