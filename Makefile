@@ -18,8 +18,10 @@ demo: $(VENV)/installed
 
 install: $(VENV)/installed
 
+# The kernels first: else each of the two processes would compile what both need.
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m kvmesh.kernels.cpu.warm
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

@@ -56,6 +56,19 @@ def test_noise_and_stalls_do_not_carry_it_away():
     assert error(fit) < 0.3
 
 
+def test_the_mean_is_not_drawn_to_short_steps_nor_to_stalls():
+    rng, decode = np.random.default_rng(3), StepShape(decode_sequences=1, context_tokens=100)
+    noise = rng.lognormal(0.0, 0.5, 400)
+    noise[::50] = 200.0
+    mean, nearest = StepFit(kept=400, mean=True), StepFit(kept=400)
+    for each in noise:
+        for fit in (mean, nearest):
+            fit.observe(decode, each * TRUTH.seconds(decode))
+    expected = TRUTH.seconds(decode) * np.exp(0.125)  # of a log-normal with sigma 0.5
+    assert mean.estimate().seconds(decode) == pytest.approx(expected, rel=0.15)
+    assert nearest.estimate().seconds(decode) < 0.85 * expected
+
+
 def test_many_steps_of_one_kind_do_not_push_out_the_others():
     fit = StepFit()
     for shape in shapes(100):

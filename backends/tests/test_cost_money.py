@@ -8,6 +8,7 @@ from kvmesh.backends.cost.parallel import Formats, Parallel
 from kvmesh.backends.cost.price import (
     dollars_per_mtok,
     joules_per_token,
+    listed_price,
     power_of,
     price_of,
     usage,
@@ -99,3 +100,13 @@ def test_prices_and_power_that_are_not_there():
     with pytest.raises(DeviceError, match=r"no published power"):
         power_of(load_device("lp30"))
     assert usage(load_device("lp30"), 1.0, price_of(load_device("h100")), True).joules == 0
+
+
+@pytest.mark.parametrize(
+    ("product", "per_hour"),
+    [("NVIDIA H100 80GB HBM3", 1.30), ("NVIDIA GB300", 2.652), ("NVIDIA GeForce RTX 4090", None)],
+)
+def test_a_gpu_that_is_here_is_priced_by_its_name(product: str, per_hour: float | None):
+    price = listed_price(product)
+    assert (price.per_hour if price else None) == per_hour
+    assert price is None or "[C]" in price.source

@@ -9,12 +9,13 @@ import pytest
 from cuda_on_cpu import SPLITTING, open_on_shim
 from cuda_shim import ShimDevice
 
-from kvmesh.backends.base import Model, ModelOptions, Segment, StepShape
+from kvmesh.backends.base import Model, ModelOptions, Segment, Simulation, StepShape
 from kvmesh.backends.cuda import backend as cuda_backend
 from kvmesh.backends.cuda.model import CudaModel
 from kvmesh.backends.errors import BackendUnavailable, CheckpointError
 from kvmesh.backends.models.loader import load_checkpoint
 from kvmesh.backends.registry import create_backend, open_model
+from kvmesh.backends.simulated import backend as simulated_backend
 from kvmesh.kernels import block, reference
 from kvmesh.kernels.cuda.device import DeviceFacts, Place
 from kvmesh.kernels.layout import BLOCK_SIZE, KvLayout
@@ -196,3 +197,26 @@ def test_gpu_says_the_same_as_the_cpu(codec, bound, checkpoint):
         expected, beside = greedy(model, prompt, 16)
     assert tokens == expected
     assert np.abs(logits - beside).max() <= bound * np.ptp(beside)
+
+
+def test_a_gpu_of_a_simulated_family_runs_the_cuda_backend(checkpoint, monkeypatch):
+    """blackwell, on a machine with a B200: measured times, at the price of its device file."""
+
+    class B200(ShimDevice):
+        def describe(self) -> DeviceFacts:
+            return DeviceFacts("NVIDIA B200", "sm_100", free_bytes=1 << 30)
+
+    monkeypatch.setattr(simulated_backend, "visible_gpus", lambda: ("100",))
+    monkeypatch.setattr(cuda_backend, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(cuda_backend, "_runtime_reason", lambda: None)
+    monkeypatch.setattr(cuda_backend, "CupyDevice", B200)
+    prompt = np.random.default_rng(5).integers(0, 131, 3)
+    with closing(open_model("blackwell", checkpoint.folder, OPTIONS)) as model:
+        assert isinstance(model, CudaModel)
+        tokens, _ = greedy(model, prompt, 2)
+        assert not model.device.simulated and model.last_step.simulated_s is None
+        assert model.device.price_per_hour == 1.95 and "[C]" in model.device.price_source
+    rack = replace(OPTIONS, simulation=Simulation(count=2))
+    with closing(open_model("blackwell", checkpoint.folder, rack)) as model:
+        assert model.device.simulated and model.device.count == 2
+        assert greedy(model, prompt, 2)[0] == tokens

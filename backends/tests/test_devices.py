@@ -1,10 +1,11 @@
 """Device files: the package's are complete and tagged, a user's are checked."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from kvmesh.backends.devices import device_names, load_device
+from kvmesh.backends.devices import device_names, library, load_device
 from kvmesh.backends.errors import DeviceError
 
 BUILT_IN = {"h100", "h200", "b200", "gb200", "b300", "gb300", "rubin", "lpu-v1", "lp30"}
@@ -99,3 +100,13 @@ def test_unknown_devices_and_circles(tmp_path: Path):
         load_device("c", tmp_path)
     with pytest.raises(DeviceError, match=r"not a folder"):
         device_names(tmp_path / "none")
+
+
+def test_what_a_built_in_device_takes_is_what_it_has():
+    """A table of its own under the same name would win, and the file say what is not so."""
+    for name in BUILT_IN:
+        raw = tomllib.loads((Path(library.__file__).parent / f"{name}.toml").read_text())
+        figures = dict(load_device(name).figures())
+        for field in raw.get("take", {}):
+            taken = [f for path, f in figures.items() if path.startswith(f"{field}.")]
+            assert any(figure.taken_from for figure in taken), f"{name}: take.{field}"

@@ -12,11 +12,11 @@ from kvmesh.backends.lpu.critical import critical_path
 from kvmesh.backends.lpu.pictures import gantt_svg, perfetto_trace
 from kvmesh.backends.lpu.program import LpuError, ModelDoesNotFit
 from kvmesh.backends.lpu.roofline import lp30_roofline
-from kvmesh.backends.lpu.shapes import KNOWN, ModelShape, find_shape, kv_bits, place_model
+from kvmesh.backends.lpu.shapes import ModelShape, find_shape, known_shapes, kv_bits, place_model
 from kvmesh.backends.lpu.timing import lpu_clock
 
 SMALL = ModelShape("small", 2, 320, 4, 2, 64, 640, 640, 512)
-LLAMA = KNOWN["llama-2-70b"]
+LLAMA = known_shapes()["llama-2-70b"]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_weights_of_70b_fit_as_many_chips_as_it_says() -> None:
 
 
 def test_a_large_vocabulary_gets_stages_of_its_own() -> None:
-    placed = place_model(KNOWN["llama-3.1-70b"], 576, "fp16", 4096, CHIP)
+    placed = place_model(known_shapes()["llama-3.1-70b"], 576, "fp16", 4096, CHIP)
     assert (placed.stages, placed.layers_per_stage) == (72, 2)
     assert placed.weight_bytes + placed.kv_bytes <= CHIP.data_bytes
 
@@ -118,7 +118,7 @@ def test_pictures_say_simulated_and_parse(small: Compiled) -> None:
 
 
 def test_more_chips_of_a_node_shorten_the_way_of_a_large_model(llama: Compiled) -> None:
-    seven = compile_model(KNOWN["llama-2-7b"], codec="fp16", context=64)
+    seven = compile_model(known_shapes()["llama-2-7b"], codec="fp16", context=64)
     assert seven.seconds < llama.seconds
 
 

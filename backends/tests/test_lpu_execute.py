@@ -6,7 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kvmesh.backends.lpu.chip import LpuChip
 from kvmesh.backends.lpu.compile import CHIP, compile_model
 from kvmesh.backends.lpu.datapath import Memory, Numbers
 from kvmesh.backends.lpu.execute import Executor
@@ -134,7 +133,7 @@ def test_streams_carry_64_vectors_per_cycle_and_no_65th() -> None:
 
 def test_peak_of_the_planes() -> None:
     """Four planes, each with a vector per cycle: 819.2 TOPS at 1 GHz, counted by the execution."""
-    chip, vectors = LpuChip(clock_hz=1e9), 100
+    chip, vectors = replace(CHIP, clock_hz=1e9), 100
     build = Int8(chip)
     inputs = [build.schedule.constant(vectors, 1) for _ in (0, 1)]
     for plane in (0, 1):

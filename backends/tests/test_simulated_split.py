@@ -12,7 +12,7 @@ from kvmesh.backends.errors import ShapeError
 from kvmesh.backends.lpu.compile import CHIP, compile_ffn, compile_model
 from kvmesh.backends.lpu.ffn import ffn_clock
 from kvmesh.backends.lpu.program import ModelDoesNotFit
-from kvmesh.backends.lpu.shapes import KNOWN, ModelShape
+from kvmesh.backends.lpu.shapes import ModelShape, known_shapes
 from kvmesh.backends.registry import open_model
 from kvmesh.backends.simulated.clocks import clock_of
 from kvmesh.backends.simulated.split import SplitClock
@@ -43,7 +43,7 @@ def test_the_ffn_is_the_smaller_part_of_a_layer():
 
 
 def test_chips_hold_the_ffns_and_no_more():
-    large = KNOWN["llama-3.1-8b"]
+    large = known_shapes()["llama-3.1-8b"]
     clock = ffn_clock(large)
     weights = large.num_layers * 3 * large.hidden * large.ffn
     assert weights <= clock.chips * CHIP.data_bytes < 1.5 * weights

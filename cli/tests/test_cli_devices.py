@@ -20,6 +20,13 @@ def test_list_has_every_device():
     assert "rubin" in kvmesh("devices", "list").stdout
 
 
+def test_the_list_is_what_the_group_shows(tmp_path: Path):
+    assert kvmesh("devices").stdout == kvmesh("devices", "list").stdout
+    (tmp_path / "mine.toml").write_text('extends = "h100"\n')
+    told = json.loads(kvmesh("devices", "--folder", str(tmp_path), "--json").stdout)
+    assert "mine" in {device["name"] for device in told}
+
+
 def test_show_gives_value_tag_and_source():
     result = kvmesh("devices", "show", "rubin")
     assert result.exit_code == 0
@@ -42,5 +49,8 @@ def test_what_is_wrong_is_named(tmp_path: Path):
     result = kvmesh("devices", "show", str(tmp_path / "bad.toml"))
     assert result.exit_code == 2
     assert "memory.bandwidth_bytes_s is -3.35e+12, must be greater than 0" in result.stderr
+    (tmp_path / "bad.toml").write_text('extends = "h1000"\n')
+    result = kvmesh("devices", "list", "--folder", str(tmp_path))
+    assert result.exit_code == 2 and "bad.toml: extends: no device" in result.stderr
     result = kvmesh("devices", "show", "rubn")
     assert result.exit_code == 2 and "did you mean 'rubin'" in result.stderr

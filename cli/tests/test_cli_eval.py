@@ -28,7 +28,8 @@ def test_kl_compares_codecs_and_draws(tmp_path: Path) -> None:
     exact, lossy = told["rows"]
     assert (exact["codec"], exact["kl_nats"], exact["top1"]) == ("fp16", 0, 1)
     assert lossy["kl_nats"] > 0 and lossy["bytes_per_token"] < exact["bytes_per_token"]
-    assert sorted(path.name for path in plots.iterdir()) == ["kl-bytes.svg", "kl-position.svg"]
+    names = [f"kl-{kind}.{suffix}" for kind in ("bytes", "position") for suffix in ("png", "svg")]
+    assert sorted(path.name for path in plots.iterdir()) == names
     assert "| k2v2 | 576 |" in invoke(*small, "--markdown")
 
 
@@ -36,12 +37,16 @@ async def test_needle_tells_every_cell(tmp_path: Path) -> None:
     """A coroutine, as a command that runs a mesh has an event loop of its own."""
     import asyncio
 
-    arguments = ["eval", "needle", "--codecs", "auto", "--lengths", "256", "--depths", "0,1"]
+    arguments = ["eval", "needle", "--codecs", "fp16,auto", "--lengths", "256", "--depths", "0,1"]
     arguments += ["--cases", "2", "--json", "--plots", str(tmp_path)]
     told = json.loads(await asyncio.to_thread(invoke, *arguments))
-    assert [score["group"] for score in told["scores"]] == [["256", "0%"], ["256", "100%"]]
+    assert [score["group"] for score in told["scores"][2:]] == [["256", "0%"], ["256", "100%"]]
+    assert [score["codec"] for score in told["scores"]] == ["fp16"] * 2 + ["auto"] * 2
+    found = told["differences"]["auto"]
+    assert found["cases"] == 2 and found["low"] <= found["mean"] <= found["high"]
     assert all(score["cases"] == 1 and not score["errors"] for score in told["scores"])
     assert (tmp_path / "needle-auto.svg").read_text().startswith("<svg")
+    assert (tmp_path / "needle-auto.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_model_is_checked_and_the_result_written(tmp_path: Path) -> None:

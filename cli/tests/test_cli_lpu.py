@@ -1,6 +1,7 @@
 """`kvmesh lpu` and `kvmesh up --backend` as a user meets them."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,37 @@ def test_compile_of_the_bundled_model_prints_and_writes(tmp_path: Path):
     gantt, trace = tmp_path / "mini.svg", tmp_path / "mini.json"
     result = lpu("compile", "--context", "64", "--gantt", str(gantt), "--trace", str(trace))
     assert result.exit_code == 0, result.output
-    for text in ("mini on 1 LPU chips (simulated)", "cycles per token", "MXM weights", "norm 1"):
+    for text in (
+        "mini on 1 LPU chip (simulated): 1 stage",
+        "cycles per token",
+        "MXM weights",
+        "norm 1",
+    ):
         assert text in result.stdout
     assert gantt.read_text().startswith("<svg")
     assert json.loads(trace.read_text())["otherData"]["clock"] == "simulated"
+
+
+def test_slices_of_one_thread_do_not_overlap(tmp_path: Path):
+    """Perfetto drops slices that overlap another of their thread without lying in it."""
+    trace = tmp_path / "two.json"
+    assert lpu("compile", "--context", "64", "--chips", "2", "--trace", str(trace)).exit_code == 0
+    events = json.loads(trace.read_text())["traceEvents"]
+    threads: dict[tuple[int, int], list[tuple[float, float]]] = {}
+    for event in events:
+        if event["ph"] == "X":
+            at = threads.setdefault((event["pid"], event["tid"]), [])
+            at.append((event["ts"], event["ts"] + event["dur"]))
+    named = {(e["pid"], e["tid"]) for e in events if e["name"] == "thread_name"}
+    assert named == set(threads)
+    for slices in threads.values():
+        slices.sort()
+        assert all(before[1] <= after[0] + 1e-9 for before, after in pairwise(slices))
+
+
+def test_chips_without_work_are_said():
+    result = lpu("compile", "--context", "64", "--chips", "100")
+    assert "84 chips of these take no part" in result.stdout
 
 
 def test_compile_as_json_twice_is_the_same():
@@ -48,6 +76,8 @@ def test_roofline_says_what_it_is():
         (("compile", "no-such"), "no-such"),
         (("compile", "llama-2-70b", "--chips", "9"), "it needs"),
         (("compile", "--codec", "k9"), "codec is 'k9'"),
+        (("compile", "deepseek-r1"), "is not a plain Llama-style decoder"),
+        (("compile", "--context", "64", "--gantt", "/no/x.svg"), "/no/x.svg: No such file"),
         (("compile", "--context", "9000"), "takes 1 to 8192"),
         (("roofline", "llama-2-70b", "--chips", "1"), "it needs"),
     ],

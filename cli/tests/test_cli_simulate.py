@@ -83,6 +83,7 @@ def test_find_max_qps() -> None:
     )  # fmt: skip
     assert found["simulated"] and found["max_qps"] > 0
     assert found["best"]["verdict"]["met"] and not found["over"]["verdict"]["met"]
+    assert "TTFT p99" in found["binds"] and "> 100.0 ms" in found["binds"]
     assert kvmesh("--find-max-qps").exit_code == 2
 
 

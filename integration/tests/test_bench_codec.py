@@ -28,6 +28,11 @@ def test_rows_of_both_synthetic_samples():
     gaussian = rows["gaussian", "turboquant mse 3"]
     assert gaussian.bits_per_element == 3.125
     assert gaussian.losses.mse == pytest.approx(0.03397, rel=0.02)
+    for bits in (2, 3, 4):  # least squares: at no scale is the squared error less
+        ours, fitted = rows["gaussian", f"kvmesh {bits}"], rows["gaussian", f"fitted scale {bits}"]
+        assert fitted.bits_per_element == ours.bits_per_element
+        assert fitted.losses.mse < ours.losses.mse
+        assert fitted.losses.mse == pytest.approx(1 - 1 / (1 + ours.losses.mse), rel=0.02)
     for bits in (2, 3, 4):  # the mean takes the bits of whoever leaves it in
         ours, theirs = rows["offset", f"kvmesh {bits}"], rows["offset", f"turboquant mse {bits}"]
         assert ours.bits_per_element == theirs.bits_per_element

@@ -114,7 +114,17 @@ def test_rivals_compute_attention():
 
 def test_the_command_prints_rows_and_draws(tmp_path):
     picture = tmp_path / "speed.svg"
-    arguments = ["--quick", "--contexts", "128", "--codecs", "k4v4", "--rounds", "1", "--json"]
+    arguments = [
+        "--contexts",
+        "128",
+        "--codecs",
+        "k4v4",
+        "--rounds",
+        "1",
+        "--threads",
+        "1",
+        "--json",
+    ]
     result = CliRunner().invoke(app, ["bench", "kernels", *arguments, "--plot", str(picture)])
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)

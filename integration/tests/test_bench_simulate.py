@@ -1,56 +1,39 @@
 """The simulator beside a live mesh: that both are asked the same, not how close they come."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from meshes import mesh_config
 
-from kvmesh.backends.architectures import load_shape
-from kvmesh.backends.base import Estimate
-from kvmesh.integration import bench_simulate
+from kvmesh.integration import bench_lessons, bench_simulate
 from kvmesh.integration.bench_simulate import FidelityPlan
 from kvmesh.integration.loadgen import RequestResult
-from kvmesh.integration.simulate import ClosedLoop, Scenario, load_of, simulate
 from kvmesh.services.common.config import WorkerConfig
-from kvmesh.v1 import inference_pb2
+from kvmesh.services.traces.spans import Span
 
-TRUE = Estimate(0.004, 0.0002, 0.0006, 1e-7)
-GUESSED = Estimate(0.003, 0.00015, 0.0004, 1e-7)
-
-
-def scenario_of(estimate: Estimate) -> Scenario:
-    return Scenario(load_shape("mini"), None, estimate=estimate, kv_blocks=500)
+SPAN = Span("t", "s", None, "", "", "", 0, 0, "UNSET", "", {}, [])
 
 
-def lesson(salt: str, count: int, running: int) -> bench_simulate._Lesson:
-    """What a mesh whose steps take TRUE, and whose requests 10 ms more, would have measured."""
-    load = bench_simulate._requests(1, salt, count)
-    told = simulate(scenario_of(TRUE), load_of(load, 1 << 30, ClosedLoop(running)))
-    results = []
-    for record in told.records:
-        assert record.ttft_s and record.duration_s
-        usage = inference_pb2.Usage(completion_tokens=record.output_tokens)
-        ends = [(record.ttft_s + 0.01, 1), (record.duration_s + 0.01, 1)]
-        results.append(RequestResult(ttft_s=record.ttft_s + 0.01, token_s=ends, usage=usage))
-    return bench_simulate._Lesson(load, results)
-
-
-def test_what_a_mesh_adds_is_found() -> None:
-    seen = bench_simulate._Seen([lesson("a", 12, 1)], [lesson("b", 40, 3)], [GUESSED])
-    found = bench_simulate._with_overheads(scenario_of(seen.estimate()), seen)
-    assert found.estimate is not None
-    for running in (1, 3):
-        assert found.estimate.base_s + running * found.estimate.decode_token_s == pytest.approx(
-            TRUE.base_s + running * TRUE.decode_token_s, rel=0.05
-        )
-    assert found.estimate.prefill_token_s == pytest.approx(TRUE.prefill_token_s, rel=0.05)
-    assert found.overheads.request_s == pytest.approx(0.010, abs=0.003)
+def test_delivery_is_what_lies_between_client_and_steps() -> None:
+    legs = bench_lessons._legs(
+        RequestResult(begin_s=1.0, token_s=[(0.100, 1), (0.500, 4)]),
+        {
+            name: replace(SPAN, start_ns=start, end_ns=end)
+            for name, start, end in (
+                ("prefill", 2_012_000_000, 2_090_000_000),
+                ("decode", 2_090_000_000, 2_498_000_000),
+            )
+        },
+        offset_ns=1_000_000_000,
+    )
+    assert legs == pytest.approx((0.012, 0.010, 0.002))
 
 
 async def test_a_mesh_and_its_simulation_are_asked_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (("WARM", 12), ("ALONE", 2), ("TOGETHER", 4), ("PARTS", 1)):
+    for name, value in (("WARM", 12), ("ALONE", 2), ("TOGETHER", 4), ("ROUNDS", 1)):
         monkeypatch.setattr(bench_simulate, name, value)
     config = mesh_config((WorkerConfig(role="both", slots=16, blocks=128),))
     done: list[None] = []
@@ -58,7 +41,8 @@ async def test_a_mesh_and_its_simulation_are_asked_the_same(
         config, FidelityPlan(requests=10, share=0.8), tmp_path, lambda: done.append(None)
     )
     assert found.failed == 0
-    assert len(done) == 12 + 2 * (2 + 4) + 10
+    assert len(done) == 12 + (2 + 4) + 10
     assert [row.name for row in found.rows] == ["TTFT", "TPOT", "request"]
     assert all(row.measured_s > 0 and row.simulated_s > 0 for row in found.rows)
-    assert found.fitted.base_s >= 0 and found.fitted.prefill_token_s > 0
+    assert found.estimate.base_s >= 0 and found.estimate.prefill_token_s > 0
+    assert found.overheads.request_s > 0

@@ -8,8 +8,6 @@ import sys
 import urllib.request
 from typing import Any
 
-import pytest
-
 ENDS_S = 30.0
 
 
@@ -18,7 +16,6 @@ def read(url: str) -> Any:
         return json.load(answer)
 
 
-@pytest.mark.timeout(180)
 async def test_the_demo_ends_with_urls_that_serve_until_it_is_told_to_stop() -> None:
     demo = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "kvmesh.cli.main", "demo", "--keep", "--tokens", "256",

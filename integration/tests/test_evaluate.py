@@ -12,6 +12,7 @@ from kvmesh.integration.evaluate import (
     EvalCase,
     NeedlePlan,
     Score,
+    differences,
     evaluate,
     merged,
     needle_cases,
@@ -60,6 +61,11 @@ def test_a_failed_request_counts_as_wrong() -> None:
     ]
     (whole,) = merged(scores, 0)
     assert (whole.group, whole.cases, whole.mean, whole.errors) == (("a",), 4, 0.5, 1)
+    assert whole.answers == [1, 0, 0, 1]
+    better = score_all("fp16", cases, [RequestResult("x")] * 4)
+    found = differences([*better, *scores])
+    assert list(found) == ["k4v4"]
+    assert (found["k4v4"].cases, found["k4v4"].lost, found["k4v4"].won) == (4, 2, 0)
     assert json.dumps(whole.as_json())
     assert Score("k4v4", ()).mean == 0
 

@@ -20,10 +20,8 @@ from kvmesh.integration.launch_state import log_path, traces_path
 from kvmesh.integration.loadgen import run_request
 from kvmesh.services.common.config import GatewayConfig, RouterConfig, WorkerConfig
 from kvmesh.services.traces.query import Filter
-from kvmesh.services.traces.store import SpanReader
+from kvmesh.services.traces.reader import SpanReader
 from kvmesh.v1 import common_pb2, inference_pb2
-
-pytestmark = pytest.mark.timeout(240)
 
 ASK: list[ChatCompletionMessageParam] = [
     {"role": "user", "content": "The code of Mirado is 5. What is the code of Mirado?"}

@@ -16,8 +16,6 @@ from kvmesh.services.common.config import KvCacheConfig, RouterConfig, WorkerCon
 from kvmesh.services.router.client import InferenceClient
 from kvmesh.v1 import common_pb2, inference_pb2, inference_pb2_grpc, kvcache_pb2, kvcache_pb2_grpc
 
-pytestmark = pytest.mark.timeout(240)
-
 GREEDY = common_pb2.SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 
 

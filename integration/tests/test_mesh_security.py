@@ -14,7 +14,7 @@ from kvmesh.services.common.errors import ConfigError
 from kvmesh.services.common.security import Security
 from kvmesh.services.router.client import InferenceClient
 from kvmesh.services.traces.query import Filter
-from kvmesh.services.traces.store import SpanReader
+from kvmesh.services.traces.reader import SpanReader
 from kvmesh.v1 import common_pb2
 
 GREEDY = common_pb2.SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)

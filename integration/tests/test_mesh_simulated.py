@@ -18,8 +18,8 @@ from kvmesh.services.common.config import (
     WorkerConfig,
     load_config,
 )
+from kvmesh.services.traces.reader import SpanReader
 from kvmesh.services.traces.spans import Span
-from kvmesh.services.traces.store import SpanReader
 from kvmesh.v1 import common_pb2, inference_pb2
 
 DEPLOY = Path(__file__).parents[2] / "deploy"

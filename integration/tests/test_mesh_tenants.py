@@ -24,10 +24,8 @@ from kvmesh.services.common.key_file import changing, read_document
 from kvmesh.services.common.security import Security
 from kvmesh.services.router.client import InferenceClient
 from kvmesh.services.traces.query import Filter
-from kvmesh.services.traces.store import SpanReader
+from kvmesh.services.traces.reader import SpanReader
 from kvmesh.v1 import common_pb2
-
-pytestmark = pytest.mark.timeout(240)
 
 TOKEN = "s3cret-token-of-the-operator"
 GREEDY = common_pb2.SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)

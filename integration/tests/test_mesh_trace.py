@@ -17,7 +17,7 @@ from kvmesh.integration.launch_state import traces_path
 from kvmesh.integration.loadgen import run_request, token_request
 from kvmesh.services.common.config import RouterConfig, TelemetryConfig
 from kvmesh.services.traces.query import Filter
-from kvmesh.services.traces.store import SpanReader
+from kvmesh.services.traces.reader import SpanReader
 from kvmesh.services.traces.view import trace_view
 from kvmesh.v1 import common_pb2, inference_pb2
 
@@ -172,6 +172,3 @@ async def test_the_standard_variable_joins_or_replaces_the_store(tmp_path: Path,
         with SpanReader(traces_path(tmp_path)) as reader:
             stored = reader.spans(seen[-1].trace_id)
     assert bool(stored) is (otlp == "join")
-
-
-pytestmark = pytest.mark.timeout(180)

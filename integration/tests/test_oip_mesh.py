@@ -21,10 +21,8 @@ from kvmesh.oip import inference_pb2_grpc
 from kvmesh.services.common.config import GatewayConfig, WorkerConfig
 from kvmesh.services.router.client import InferenceClient
 from kvmesh.services.traces.query import Filter
-from kvmesh.services.traces.store import SpanReader
+from kvmesh.services.traces.reader import SpanReader
 from kvmesh.v1 import common_pb2, inference_pb2
-
-pytestmark = pytest.mark.timeout(240)
 
 TRITON_PYTHON = Path(sys.prefix) / "oip-client" / "bin" / "python"  # made by `make oip-client`
 SAMPLING = {"temperature": 1.0, "seed": 11, "max_tokens": 20, "ignore_eos": True}

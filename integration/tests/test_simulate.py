@@ -90,6 +90,13 @@ def test_overheads_come_on_top() -> None:
     assert record.tpot_s == pytest.approx(0.012)
 
 
+def test_a_first_token_may_be_under_way_longer() -> None:
+    slow = replace(PLAIN, overheads=Overheads(token_s=0.01, first_token_s=0.04))
+    (record,) = simulate(slow, requests((0.0, 100, 5))).records
+    assert record.ttft_s == pytest.approx(0.110 + 0.04)
+    assert record.duration_s == pytest.approx(0.110 + 4 * 0.012 + 0.01)
+
+
 def test_a_shared_prefix_is_computed_once() -> None:
     shared = Workload(tuple(TraceRequest(i * 10.0, 1024, 2, (7, 8 + i)) for i in range(3)), 512)
     result = simulate(PLAIN, shared)

@@ -1,13 +1,16 @@
 """Block bytes: geometry, what verify refuses, and that no flipped bit passes."""
 
 import dataclasses
+import re
+import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvmesh.kernels import block, errors
+from kvmesh.kernels import block, codebook, errors, rotation
 from kvmesh.kernels.layout import CODECS, KvLayout, plane_bytes
 
 LAYOUT = KvLayout(2, 1, 32, "k4v4", bytes(range(16)))
@@ -20,6 +23,54 @@ def sealed(layout: KvLayout = LAYOUT) -> np.ndarray:
 
 
 SEALED = sealed().tobytes()
+DOCUMENT = Path(__file__).parents[2] / "docs" / "codec.md"
+WIDTHS = {"u8": 1, "u16": 2, "u32": 4, "u64": 8}
+
+
+def drawn_fields(text: str) -> list[tuple[int, int, str]]:
+    """Offset, size in bytes and name of each field of fixed size that a diagram draws."""
+    rows = re.findall(r"^ +(-?\d+) +(?:(u\d+)|(\d+) B|(\".*\")) ?(.*)$", text, re.MULTILINE)
+    fields = []
+    for at, kind, count, quoted, name in rows:
+        size = WIDTHS[kind] if kind else int(count) if count else len(quoted) - 2
+        fields.append((int(at), size, name or quoted))
+    return fields
+
+
+def test_the_diagram_is_true():
+    """Offsets follow each other, and each field of a sealed block holds what is written there."""
+    layout = KvLayout(3, 2, 80, "k3v3", bytes(range(1, 17)), ("k8v8", "k3v3", "fp16"))
+    data = sealed(layout).tobytes()
+    fields = drawn_fields(block.__doc__)
+    header = [field for field in fields if 0 <= field[0] < 64]
+    ends = [0, *(at + size for at, size, _ in header)]
+    assert ends == [*(at for at, _, _ in header), 64]
+    found = {name.split(":")[0]: data[at : at + size] for at, size, name in header}
+    assert found.pop('"KVMB"') == b"KVMB"
+    assert found.pop("model fingerprint") == layout.fingerprint
+    assert {name: int.from_bytes(value, "little") for name, value in found.items()} == {
+        "format version": block.FORMAT_VERSION,
+        "codec id": CODECS["k3v3"].codec_id,
+        "num_layers": 3,
+        "num_kv_heads": 2,
+        "head_dim": 80,
+        "num_tokens (64)": 64,
+        "codebook version": codebook.CODEBOOK_VERSION,
+        "payload bytes": len(data) - 3 * 64,
+        "rotation seed": rotation.ROTATION_SEED,
+        "size of the table of layers": 64,
+        "zero": 0,
+    }
+    assert list(data[64:67]) == [CODECS[name].codec_id for name in layout.layer_codecs]
+    assert [field[:2] for field in fields[-2:]] == [(-64, 60), (-4, 4)]
+    assert not any(data[-64:-4])
+    assert int.from_bytes(data[-4:], "little") == zlib.crc32(data[:-4])
+
+
+def test_the_document_draws_what_the_code_draws():
+    drawn = re.findall(r"^    (\S.*|    +\S.*)$", block.__doc__, re.MULTILINE)
+    missing = [line for line in drawn if line not in DOCUMENT.read_text(encoding="utf-8")]
+    assert len(drawn) > 25 and not missing
 
 
 @pytest.mark.parametrize("codec", list(CODECS))

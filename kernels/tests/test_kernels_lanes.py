@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import pytest
 
-from kvmesh.kernels.cpu import lanes, simd
+from kvmesh.kernels.cpu import lanes, simd, softmax, vectors
 
 
 @numba.njit
@@ -26,7 +26,7 @@ def run_all(halves, wide, scores, peak, dots, scaled):
 @numba.njit
 def powers(x, out):
     for i in range(x.size):
-        out[i] = lanes.exp2(x[i])
+        out[i] = vectors.exp2(x[i])
 
 
 @numba.njit
@@ -38,17 +38,20 @@ def accumulate(dots, mixed):
 
 
 @numba.njit
-def rounded(x, scales, tile, wide, high, low, unit, offset):
-    if tile:
-        lanes.round_tile(
-            x.ctypes.data, scales.ctypes.data, wide.ctypes.data, high.ctypes.data,
-            low.ctypes.data, unit.ctypes.data, offset.ctypes.data,
-        )  # fmt: skip
-    else:
-        lanes.round_row(
-            x.ctypes.data, x.size, wide.ctypes.data, high.ctypes.data, low.ctypes.data,
-            unit.ctypes.data, offset.ctypes.data,
-        )  # fmt: skip
+def rounded(x, wide, high, low, unit, offset):
+    lanes.round_row(
+        x.ctypes.data, x.size, wide.ctypes.data, high.ctypes.data, low.ctypes.data,
+        unit.ctypes.data, offset.ctypes.data,
+    )  # fmt: skip
+
+
+@numba.njit
+def weigh(scores, scales, peak, total, fades, wide, high, low, unit, offset):
+    softmax.weigh_rows(
+        scores.ctypes.data, scales.ctypes.data, peak.ctypes.data, total.ctypes.data,
+        fades.ctypes.data, wide.ctypes.data, high.ctypes.data, low.ctypes.data, unit.ctypes.data,
+        offset.ctypes.data,
+    )  # fmt: skip
 
 
 def test_rows_of_a_tile():
@@ -96,27 +99,52 @@ def test_accumulate():
         np.testing.assert_array_equal(mixed, want)
 
 
+def whole_weights(wide, high, low):
+    """The integers that a row of weights is, of both of its forms."""
+    whole = wide.reshape(-1, 4)[:, np.argsort(simd.ORDER)].reshape(-1).astype(np.int32)
+    if simd.PATHS[simd.CHOSEN].split:
+        np.testing.assert_array_equal(256 * high.astype(np.int32) + low, whole)
+    return whole
+
+
 @pytest.mark.parametrize("size", [32, 64, 80, 256])
-@pytest.mark.parametrize("tile", [False, True])
-def test_rounding_to_weights(size, tile):
-    size = 64 if tile else size
+def test_rounding_to_weights(size):
     rng = np.random.default_rng(size)
     x = rng.standard_normal(size).astype(np.float32)
-    scales = rng.random(64).astype(np.float32) if tile else np.ones(size, np.float32)
     for factor in (np.float32(1), np.float32(2.0**-110)):
         wide, unit, offset = np.zeros(size, np.int16), np.zeros(1, np.float32), np.zeros(1, "i4")
         high, low = np.zeros(size, np.int8), np.zeros(size, np.int8)
-        rounded(x * factor, scales, tile, wide, high, low, unit, offset)
-        product = x * factor * scales
-        whole = wide.reshape(-1, 4)[:, np.argsort(simd.ORDER)].reshape(-1).astype(np.int32)
+        rounded(x * factor, wide, high, low, unit, offset)
+        whole = whole_weights(wide, high, low)
         assert offset[0] == 255 * whole.sum()
         if factor < 1:
             assert not whole.any()  # too small to matter: zeros
             continue
         assert np.abs(whole).max() == simd.LARGEST
-        np.testing.assert_allclose(whole * unit[0], product, atol=0.51 * float(unit[0]))
-        if simd.PATHS[simd.CHOSEN].split:
-            np.testing.assert_array_equal(256 * high.astype(np.int32) + low, whole)
+        np.testing.assert_allclose(whole * unit[0], x, atol=0.51 * float(unit[0]))
+
+
+def test_four_rows_of_softmax_at_once():
+    """One goes on, one finds a larger score, one sees its first tokens, and one sees none yet."""
+    rng = np.random.default_rng(6)
+    scores = (4 * rng.standard_normal((4, 64))).astype(np.float32)
+    scores[2, 40:] = scores[3] = -np.inf
+    scales = rng.random(64).astype(np.float32)
+    before = np.array([50, -60, -np.inf, -np.inf], np.float32)
+    peak, total = before.copy(), np.array([7, 8, 0, 0], np.float32)
+    fades, unit, offset = np.zeros(4, "f4"), np.zeros(4, "f4"), np.zeros(4, "i4")
+    wide, high, low = np.zeros((4, 64), "i2"), np.zeros((4, 64), "i1"), np.zeros((4, 64), "i1")
+    weigh(scores.copy(), scales, peak, total, fades, wide, high, low, unit, offset)
+    np.testing.assert_array_equal(peak, np.maximum(before, scores.max(axis=1)))
+    wholes = [whole_weights(wide[row], high[row], low[row]) for row in range(4)]
+    np.testing.assert_array_equal(offset, [255 * whole.sum() for whole in wholes])
+    assert not wholes[3].any() and total[3] == unit[3] == 0
+    for row, kept in enumerate((7.0, 8 * 2.0**-100, 0.0)):
+        powers = np.exp2(np.maximum(scores[row].astype(np.float64) - peak[row], -100))
+        np.testing.assert_allclose(total[row], kept + powers.sum(), rtol=1e-6)
+        found = wholes[row] * np.float64(unit[row])
+        np.testing.assert_allclose(found, powers * scales, atol=0.51 * float(unit[row]))
+    assert fades[0] == 1
 
 
 _WHOLE = """
@@ -159,7 +187,6 @@ def fastest() -> str:
     return whole(simd.available()[0])
 
 
-@pytest.mark.timeout(600)  # the first run compiles every kernel for the path
 @pytest.mark.parametrize("path", [*simd.available()[1:], "emulated"])
 def test_whole_attention_is_the_same_bits_on_every_instruction_set(path, fastest):
     assert whole(path) == fastest

@@ -209,7 +209,7 @@ def test_random_bytes_match_over_many_magnitudes():
 
 
 @pytest.mark.parametrize("codec", list(CODECS))
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_refused_and_others_complete(codec, bad):
     case = make(codec, seed=11)
     want = case.run(0, 64)

@@ -20,6 +20,7 @@ from kvmesh.services.common.errors import (
     NotFound,
     Overloaded,
     Unauthenticated,
+    Unavailable,
     from_rpc,
 )
 from kvmesh.services.common.security import Security
@@ -228,3 +229,15 @@ async def test_a_connection_that_says_nothing_is_closed(monkeypatch: pytest.Monk
         writer.close()
         async with Link(address) as link:
             assert (await register(link, "fine")).lease_ms == 1000
+
+
+async def test_a_write_that_fails_as_the_call_ends_says_to_try_again() -> None:
+    """grpc.aio then has a status of its own in place of the call's."""
+    async with Link("127.0.0.1:1") as link:
+        call = link.channel.stream_stream("/kvmesh.v1.Tokenizer/Detokenize")(wait_for_ready=True)
+        call._cython_call.set_internal_error("what grpc.aio does when a message cannot be sent")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call.read()
+    assert caught.value.code() is grpc.StatusCode.INTERNAL
+    known = from_rpc(caught.value, "tokenizer")
+    assert isinstance(known, Unavailable) and "while a message was written" in str(known)

@@ -320,10 +320,10 @@ class Scripted(tokenizer_pb2_grpc.TokenizerServicer):
     async def Detokenize(self, request_iterator, context):  # type: ignore[no-untyped-def]
         session = DetokenizeSession(self.codec)
         step = self.plan.pop(0) if self.plan else 1 << 30
-        if isinstance(step, int) and step < 0:
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
         left = step if isinstance(step, int) else 1
         async for request in request_iterator:
+            if left < 0:  # not before: a message that is written while the call ends hides its end
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
             if left == 0:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "gone before the answer")
             left -= 1

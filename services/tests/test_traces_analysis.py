@@ -7,7 +7,7 @@ from trace_samples import record, request
 
 from kvmesh.services.traces.analysis import critical_path, decode_windows, kv_bytes, ttft_pieces
 from kvmesh.services.traces.export import chrome_json, otlp_json
-from kvmesh.services.traces.latency import latency, percentile
+from kvmesh.services.traces.latency import latency
 from kvmesh.services.traces.spans import Span, spans_of
 from kvmesh.services.traces.summary import TraceSummary
 from kvmesh.services.traces.view import trace_view
@@ -126,4 +126,3 @@ def test_traces_latency_is_of_one_clock_alone() -> None:
     assert found["all"] == {"p50": 50.0, "p95": 95.0, "p99": 99.0}
     assert len(found["points"]) == 100
     assert len(latency([*traces, *slow, *mixed], "ttft", "simulated")["points"]) == 5
-    assert percentile([1.0], 99) == 1.0

@@ -9,7 +9,8 @@ from trace_samples import START, request, trace_id
 from kvmesh.services.common import names
 from kvmesh.services.traces.inbox import Inbox
 from kvmesh.services.traces.query import Filter
-from kvmesh.services.traces.store import Limits, SpanReader, SpanStore
+from kvmesh.services.traces.reader import SpanReader
+from kvmesh.services.traces.store import Limits, SpanStore
 
 LIMITS = Limits(64 << 20, 1e9)
 

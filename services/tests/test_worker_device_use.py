@@ -17,8 +17,9 @@ from kvmesh.services.worker.device_use import (
     split_gap,
     split_step,
 )
-from kvmesh.services.worker.engine import Engine, Outcome
+from kvmesh.services.worker.engine import Engine
 from kvmesh.services.worker.limits import Limits
+from kvmesh.services.worker.outcome import Outcome
 from kvmesh.services.worker.sequence import Sequence, Work
 
 SECONDS = st.floats(0, 1e3, allow_subnormal=False)

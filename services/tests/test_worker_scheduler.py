@@ -14,7 +14,6 @@ from kvmesh.kernels.layout import BLOCK_SIZE
 from kvmesh.services.common.errors import Expired, InvalidRequest, Overloaded
 from kvmesh.services.common.sampling import SamplingSettings
 from kvmesh.services.kvcache.keys import root_key
-from kvmesh.services.worker.engine import VerifiedPool
 from kvmesh.services.worker.limits import Limits, Planned
 from kvmesh.services.worker.sampler import sample
 from kvmesh.services.worker.scheduler import Scheduler
@@ -28,6 +27,7 @@ from kvmesh.services.worker.sequence import (
     Work,
 )
 from kvmesh.services.worker.timeline import MAX_MARKS, Timeline
+from kvmesh.services.worker.verified_pool import VerifiedPool
 
 ROOT = root_key(LAYOUT.fingerprint, LAYOUT.codec, BLOCK_SIZE, "")
 

@@ -1,6 +1,6 @@
 """`kvmesh bench`: what the mesh costs, measured here and now."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,6 +20,7 @@ from kvmesh.cli.render import console, milliseconds, print_json, print_table
 
 if TYPE_CHECKING:
     from kvmesh.integration.bench_mesh import BenchRow
+    from kvmesh.services.common.config import MeshConfig
 
 app = typer.Typer(no_args_is_help=True, help="Measure the mesh and its codec, or put load on one.")
 
@@ -40,13 +41,20 @@ def _lightest_client() -> None:
     choose_poller()
 
 
+@dataclass(frozen=True)
+class Requests:
+    """What is sent, and how often."""
+
+    concurrency: Concurrency = "1,4,16,64"
+    prompt_tokens: PromptTokens = 128
+    output_tokens: OutputTokens = 64
+    rounds: Rounds = 3
+
+
 @command
 async def mesh(
+    requests: Requests,
     config: ConfigFile = None,
-    concurrency: Concurrency = "1,4,16,64",
-    prompt_tokens: PromptTokens = 128,
-    output_tokens: OutputTokens = 64,
-    rounds: Rounds = 3,
     kv_codec: KvCodec = None,
     json: Json = False,
 ) -> None:
@@ -59,24 +67,10 @@ async def mesh(
     from kvmesh.integration.bench_mesh import BenchPlan, bench_mesh
     from kvmesh.integration.machine import describe_machine
     from kvmesh.services.common.codec_choice import choose_codec, find_check
-    from kvmesh.services.common.config import GatewayConfig, WorkerConfig, load_config, parse_config
 
-    loaded = load_config(config)
-    if kv_codec is not None:
-        model = loaded.model.model_dump() | {"codec": kv_codec, "layer_codecs": ()}
-        chosen = parse_config({"model": model}, "--codec").model
-        loaded = loaded.model_copy(update={"model": chosen})
-    workers = loaded.workers if config else (WorkerConfig(role="both"),)
-    router = loaded.router.model_copy(update={"port": 0})
-    changed = {"workers": workers, "router": router, "gateway": GatewayConfig(enabled=False)}
-    ready = loaded.model_copy(update=changed)
-    plan = replace(
-        BenchPlan(),
-        concurrency=tuple(int(part) for part in concurrency.split(",")),
-        prompt_tokens=prompt_tokens,
-        output_tokens=output_tokens,
-        rounds=rounds,
-    )
+    ready = _measured_mesh(config, kv_codec)
+    in_flight = tuple(int(part) for part in requests.concurrency.split(","))
+    plan = replace(BenchPlan(), **asdict(requests) | {"concurrency": in_flight})
     total = len(plan.concurrency) * plan.rounds
     with (
         tempfile.TemporaryDirectory(prefix="kvmesh-bench-") as folder,
@@ -91,6 +85,21 @@ async def mesh(
         choice = choose_codec(ready.model, find_check(ready.model))
         console().print(f"{machine}; {ready.model.name}, codec {choice.label}")
         _table(rows)
+
+
+def _measured_mesh(config: Path | None, kv_codec: str | None) -> "MeshConfig":
+    """The configured mesh without an edge, on a free port; one worker if none is configured."""
+    from kvmesh.services.common.config import GatewayConfig, WorkerConfig, load_config, parse_config
+
+    loaded = load_config(config)
+    if kv_codec is not None:
+        model = loaded.model.model_dump() | {"codec": kv_codec, "layer_codecs": ()}
+        chosen = parse_config({"model": model}, "--codec").model
+        loaded = loaded.model_copy(update={"model": chosen})
+    workers = loaded.workers if config else (WorkerConfig(role="both"),)
+    router = loaded.router.model_copy(update={"port": 0})
+    changed = {"workers": workers, "router": router, "gateway": GatewayConfig(enabled=False)}
+    return loaded.model_copy(update=changed)
 
 
 def _table(rows: "list[BenchRow]") -> None:

@@ -131,7 +131,7 @@ def _report(turns: list[Turn], rows: "list[Row]", json: bool) -> bool:
 
 
 def _rows(store: Path, trace_id: str) -> "list[Row]":
-    from kvmesh.services.traces.store import SpanReader
+    from kvmesh.services.traces.reader import SpanReader
     from kvmesh.services.traces.tree import waterfall
 
     with SpanReader(store) as reader:

@@ -11,7 +11,7 @@ from kvmesh.cli.render import console, print_json, print_table
 if TYPE_CHECKING:
     from kvmesh.backends.devices import Device, Figure
 
-app = typer.Typer(no_args_is_help=True, help="Show the devices that can be simulated and priced.")
+app = typer.Typer(help="Show the devices that can be simulated and priced.")
 
 Folder = Annotated[
     Path | None,
@@ -23,6 +23,12 @@ Folder = Annotated[
     ),
 ]
 DTYPES = ("bf16", "fp8", "nvfp4", "int8")
+
+
+@app.callback(invoke_without_command=True)
+def _group(context: typer.Context, folder: Folder = None, json: Json = False) -> None:
+    if context.invoked_subcommand is None:
+        list_(folder=folder, json=json)
 
 
 @command

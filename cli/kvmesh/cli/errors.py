@@ -62,5 +62,7 @@ def explain(error: Exception) -> tuple[str, int]:
         return f"{error}; retry in {error.retry_after_s:.1f} s", FAILED
     if isinstance(error, MeshError):
         return str(error), FAILED
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}", USAGE
     kind = type(error).__name__
     return f"{kind}: {error} (KVMESH_DEBUG=1 shows where)", FAILED

@@ -1,6 +1,6 @@
 """`kvmesh eval`: how often the model is right through the whole mesh, and what a codec changes."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from kvmesh.integration.evaluate import EvalCase, Score
     from kvmesh.integration.kl import KlBench
+    from kvmesh.integration.paired import Difference
     from kvmesh.services.common.config import ModelConfig
 
 app = typer.Typer(no_args_is_help=True, help="Measure answer quality, and what a codec changes.")
@@ -26,7 +27,7 @@ SeedOption = Annotated[int, typer.Option(min=0, max=(1 << 40) - 1, help="First d
 Lengths = Annotated[str, typer.Option(help="Document lengths in tokens, comma-separated.")]
 Plots = Annotated[
     Path | None,
-    typer.Option("--plots", help="Write plots (SVG) into this folder.", file_okay=False),
+    typer.Option("--plots", help="Write plots, SVG and PNG, into this folder.", file_okay=False),
 ]
 
 
@@ -113,16 +114,19 @@ async def needle(
 ) -> None:
     """Exact answers to questions about fresh documents, over their length and the fact's depth."""
     from kvmesh.integration.eval_plots import needle_plot
-    from kvmesh.integration.evaluate import NeedlePlan, merged, needle_cases
+    from kvmesh.integration.evaluate import NeedlePlan, differences, merged, needle_cases
 
     plan = NeedlePlan(_ints(lengths), _floats(depths), cases, seed)
     scores = await _scores("needle", subject, _checked(needle_cases, plan, subject.count()))
     if plots is not None:
         _write(plots, {f"needle-{c}": needle_plot(c, scores) for c in subject.models()})
+    found = differences(scores)
     if subject.json:
-        _print_scores("needle", scores, seed=seed)
+        told = {codec: {**asdict(one), "mean": one.mean} for codec, one in found.items()}
+        _print_scores("needle", scores, seed=seed, differences=told)
     else:
         _show_by_codec(subject, ">tokens", merged(scores, 0))
+        _show_differences(subject, scores[0].codec, found)
 
 
 @command
@@ -257,14 +261,40 @@ def _show_by_codec(subject: Subject, first: str, scores: "Sequence[Score]") -> N
         typer.echo(f"{failed} requests failed and count as 0", err=True)
 
 
+def _show_differences(subject: Subject, first: str, found: "Mapping[str, Difference]") -> None:
+    """Whether codecs differ from the first by more than chance."""
+    if not found:
+        return
+    typer.echo()
+    subject.show(
+        (f"beside {first}", ">lost", ">won", ">points", ">95 % interval"),
+        [
+            (
+                codec,
+                one.lost,
+                one.won,
+                f"{one.mean * 100:+.2f}",
+                f"{one.low * 100:+.2f} to {one.high * 100:+.2f}",
+            )
+            for codec, one in found.items()
+        ],
+    )
+
+
 def _print_scores(name: str, scores: "Sequence[Score]", **more: Any) -> None:
     print_json({"eval": name, **more, "scores": [score.as_json() for score in scores]})
 
 
 def _write(folder: Path, plots: "Mapping[str, str]") -> None:
+    """plots: SVG by name; each is drawn as PNG too."""
+    from kvmesh.integration.plot_png import draws_text, png
+
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in plots.items():
         (folder / f"{name}.svg").write_text(text, encoding="utf-8")
+        (folder / f"{name}.png").write_bytes(png(text))
+    if not draws_text():
+        typer.echo("no font is installed: the PNG plots lack their text, the SVG have it", err=True)
 
 
 def _checked(make: "Callable[..., list[EvalCase]]", *arguments: Any) -> "list[EvalCase]":

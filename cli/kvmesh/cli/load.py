@@ -19,7 +19,7 @@ class Arrivals:
 
     concurrency: Annotated[
         int | None,
-        Option(min=1, help="Closed loop: so many in flight [default: 8].", show_default=False),
+        Option(min=1, help="Closed loop: so many in flight (default: 8).", show_default=False),
     ] = None
     rate: Annotated[
         float | None, Option(min=0.001, help="Poisson: requests per second on average.")
@@ -32,7 +32,7 @@ class Arrivals:
     speed: Annotated[float, Option(help="Trace: that many times as fast.")] = 1.0
     requests: Annotated[
         int | None,
-        Option(min=1, help="How many [default: 64, of a trace all].", show_default=False),
+        Option(min=1, help="How many (default: 64, of a trace all).", show_default=False),
     ] = None
 
 

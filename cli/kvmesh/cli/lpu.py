@@ -19,18 +19,18 @@ _PATH_ROWS = 10
 ModelName = Annotated[
     str | None,
     typer.Argument(
-        help="A checkpoint's folder, or a name such as llama-2-70b [default: the bundled mini].",
+        help="A checkpoint's folder, or a name such as llama-2-70b (default: the bundled mini).",
         show_default=False,
     ),
 ]
 Chips = Annotated[
-    int | None, typer.Option(help="Chips [default: as few as hold it].", show_default=False)
+    int | None, typer.Option(help="Chips (default: as few as hold it).", show_default=False)
 ]
 Codec = Annotated[str, typer.Option(help="How K and V lie in memory.")]
 Context = Annotated[
     int | None,
     typer.Option(
-        help="Tokens that the new one attends to [default: the longest, at most 4096].",
+        help="Tokens that the new one attends to (default: the longest, at most 4096).",
         show_default=False,
     ),
 ]
@@ -169,13 +169,21 @@ def _plain(
     }
 
 
+def _plural(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
 def _show(compiled: "Compiled", path_rows: list[tuple[str, str, int]]) -> None:
     place, first = compiled.placement, compiled.parts[0]
     out = console()
+    idle = place.chips - place.stages * place.group
     out.print(
-        f"[bold]{place.shape.name}[/bold] on {place.chips} LPU chips (simulated): {place.stages} "
-        f"stages of {place.group} chips, at most {place.layers_per_stage} layers each"
+        f"[bold]{place.shape.name}[/bold] on {_plural(place.chips, 'LPU chip')} (simulated): "
+        f"{_plural(place.stages, 'stage')} of {_plural(place.group, 'chip')}, at most "
+        f"{_plural(place.layers_per_stage, 'layer')} each"
     )
+    if idle:
+        out.print(f"{_plural(idle, 'chip')} of these take no part: no layer is left for them")
     out.print(
         f"fullest chip: {size(place.weight_bytes)} of weights, {size(place.kv_bytes)} of "
         f"{compiled.codec} per sequence of {compiled.context} tokens, room for {place.sequences}"

@@ -115,7 +115,7 @@ def _show(found: "CodecCheck", target: Path) -> None:
 def center(
     path: Checkpoint = Path("mini"),
     prompts: Annotated[
-        Path | None, typer.Option(help="A file of texts [default: bundled]", show_default=False)
+        Path | None, typer.Option(help="A file of texts (default: bundled)", show_default=False)
     ] = None,
     tokens: Annotated[int, typer.Option(min=65, help="To average over, in all.")] = 16_384,
     length: Annotated[int, typer.Option(min=65, help="Most tokens of one sequence.")] = 1024,

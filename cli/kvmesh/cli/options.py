@@ -20,7 +20,7 @@ RunDir = Annotated[
         "--run-dir",
         envvar="KVMESH_RUN_DIR",
         help="Where the mesh keeps its state, logs and spans "
-        "[default: $XDG_STATE_HOME/kvmesh/default].",
+        "(default: $XDG_STATE_HOME/kvmesh/default).",
         show_default=False,
     ),
 ]
@@ -59,7 +59,7 @@ class Target:
         typer.Option(
             "--config",
             "-c",
-            help="A mesh.toml whose [security] is used with --address.",
+            help="A mesh.toml whose security table is used with --address.",
             dir_okay=False,
             show_default=False,
         ),

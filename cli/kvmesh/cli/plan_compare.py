@@ -22,7 +22,7 @@ Choices = Annotated[
     typer.Option(
         "--choice",
         help="A device and what is done on it, as in gb300,dep16,mtp3,disagg,p2,kv=k4v4,"
-        "price=rental; give several [default: h200, b200, gb300, rubin].",
+        "price=rental; give several (default: h200, b200, gb300, rubin).",
         show_default=False,
     ),
 ]
@@ -39,7 +39,7 @@ class What:
     model: Annotated[
         str | None,
         typer.Option(
-            help="A model's name or config.json [default: the workload's, or llama-3.1-70b].",
+            help="A model's name or config.json (default: the workload's, or llama-3.1-70b).",
             show_default=False,
         ),
     ] = None

@@ -40,7 +40,7 @@ def waterfall(
     optimisation: Annotated[
         list[str] | None,
         typer.Option(
-            help="One to switch: kv, fused, balance, disagg, wide-ep, mtp, routing [default: all].",
+            help="One to switch: kv, fused, balance, disagg, wide-ep, mtp, routing (default: all).",
             show_default=False,
         ),
     ] = None,

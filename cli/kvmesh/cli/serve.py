@@ -1,4 +1,7 @@
-"""`kvmesh serve`: one member in this process. The launcher runs it; a deployment may, too."""
+"""`kvmesh serve`: one member in this process. The launcher runs it; a deployment may, too.
+
+The launcher runs this module alone, which starts sooner than the whole command.
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -54,3 +57,9 @@ def serve(
     if member not in ("router", "traces") and not mesh_address:
         raise CommandFailed(f"{member} needs --mesh-address, the router's", 2)
     run_member(MemberJob(member, mesh_config, mesh_address, run_dir), tie)
+
+
+if __name__ == "__main__":
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    alone.command()(serve)
+    alone()

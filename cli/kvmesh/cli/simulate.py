@@ -30,7 +30,7 @@ class Mesh:
     device: Annotated[str, Option(help="A device's name or file (kvmesh devices list).")] = "h100"
     workers: Annotated[
         str | None,
-        Option(help="Workers that do both phases, as in 16xtp4 [default: 1].", show_default=False),
+        Option(help="Workers that do both phases, as in 16xtp4 (default: 1).", show_default=False),
     ] = None
     prefill: Annotated[
         str | None, Option(help="Workers for prompts, as in 4xdep2.", show_default=False)
@@ -39,14 +39,14 @@ class Mesh:
         str | None, Option(help="Workers that go on from there, as in 4xdep16.", show_default=False)
     ] = None
     weights: Annotated[
-        str | None, Option(help="Format of the weights [default: the device's smallest].")
+        str | None, Option(help="Format of the weights (default: the device's smallest).")
     ] = None
     slots: Annotated[int, Option(help="Sequences that run at once on an attention rank.")] = 256
     step_tokens: Annotated[int, Option(help="Most tokens of a rank's step.")] = 8192
     prefill_chunk: Annotated[
         int | None,
         Option(
-            help="Most prompt tokens of a step in which others decode [default: all].",
+            help="Most prompt tokens of a step in which others decode (default: all).",
             show_default=False,
         ),
     ] = None
@@ -77,7 +77,7 @@ class Switches:
     acceptance: Annotated[
         str | None,
         Option(
-            help="Chance of each draft, comma-separated [default: measured, .79,.61,.46].",
+            help="Chance of each draft, comma-separated (default: measured, .79,.61,.46).",
             show_default=False,
         ),
     ] = None

@@ -37,6 +37,7 @@ def show_found(scenario: "Scenario", found: "Found", limits: "Limits", json: boo
                 "scenario": scenario_record(scenario),
                 "limits": asdict(limits),
                 "max_qps": found.best.qps if found.best else 0.0,
+                "binds": found.over.verdict.binding if found.over else "",
                 "trials": found.trials,
                 **record,
             }

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from rich.text import Text
 
-    from kvmesh.services.traces.store import SpanReader
+    from kvmesh.services.traces.reader import SpanReader
     from kvmesh.services.traces.tree import Row
 
 app = typer.Typer(no_args_is_help=True, help="Look at the traces of requests.")
@@ -138,7 +138,7 @@ def export(
 
 def _reader(run_dir: "Path | None") -> "SpanReader":
     from kvmesh.integration.launch_state import resolve_run_dir, traces_path
-    from kvmesh.services.traces.store import SpanReader
+    from kvmesh.services.traces.reader import SpanReader
 
     path = traces_path(resolve_run_dir(run_dir))
     try:

@@ -20,7 +20,8 @@ from kvmesh.kernels.layout import BLOCK_SIZE
 from kvmesh.services.common.config import MeshConfig, WorkerConfig
 from kvmesh.services.common.sampling import SamplingSettings
 from kvmesh.services.kvcache.keys import root_key
-from kvmesh.services.worker.engine import Engine, Outcome
+from kvmesh.services.worker.engine import Engine
+from kvmesh.services.worker.outcome import Outcome
 from kvmesh.services.worker.sequence import Work
 from kvmesh.services.worker.service import limits_of, open_configured
 

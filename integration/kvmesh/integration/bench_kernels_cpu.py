@@ -95,7 +95,7 @@ class CpuKernels:
         cache = Cache(layout, 0, blocks, data.centers)
         queries = Queries(
             np.ascontiguousarray(data.q.transpose(0, 2, 1, 3)),
-            np.arange(case.batch * count).reshape(case.batch, count),
+            np.arange(case.batch * count, dtype=np.int32).reshape(case.batch, count),
             np.full(case.batch, count),
             np.full(case.batch, case.context),
         )

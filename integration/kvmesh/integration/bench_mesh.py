@@ -21,6 +21,7 @@ from kvmesh.integration.launch_child import child_environment
 from kvmesh.integration.loadgen import closed_loop, token_request
 from kvmesh.services.common.client import Link
 from kvmesh.services.common.config import MeshConfig
+from kvmesh.services.common.percentile import percentile
 from kvmesh.services.router.client import InferenceClient
 from kvmesh.v1 import common_pb2
 
@@ -160,14 +161,10 @@ def _side(rounds: list[RoundResult]) -> Side:
     ttft = sorted(seconds for result in rounds for seconds in result.ttft_s)
     return Side(
         tokens_per_s=round(statistics.median(map(_speed, rounds)), 1),
-        ttft_p50_s=round(_percentile(ttft, 0.50), 5),
-        ttft_p99_s=round(_percentile(ttft, 0.99), 5),
+        ttft_p50_s=round(percentile(ttft, 0.50), 5),
+        ttft_p99_s=round(percentile(ttft, 0.99), 5),
     )
 
 
 def _speed(result: RoundResult) -> float:
     return result.output_tokens / result.seconds
-
-
-def _percentile(ordered: list[float], share: float) -> float:
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]

@@ -14,7 +14,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
 from kvmesh.integration.launch_child import BoundedLog, child_environment, member_command, spawn
 from kvmesh.integration.launch_plan import TRACES
 from kvmesh.integration.launch_state import log_path, traces_path
-from kvmesh.services.traces.store import SpanReader
+from kvmesh.services.traces.reader import SpanReader
 
 EXPORT = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
 BATCH = 512  # spans of a request, as a service sends them

@@ -3,7 +3,7 @@ needle, ruler and longbench; here it is run, and counted."""
 
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from kvmesh.integration.launch import running_mesh
 from kvmesh.integration.loadgen import RequestResult, chat_request, closed_loop
 from kvmesh.integration.metrics import exact_match
 from kvmesh.integration.needle import MAX_FACTS, make_case
+from kvmesh.integration.paired import Difference, paired_difference
 from kvmesh.services.common.client import Link
 from kvmesh.services.common.config import (
     MeshConfig,
@@ -44,13 +45,17 @@ class EvalCase:
 
 @dataclass(slots=True)
 class Score:
-    """The mean score of one group under one codec; a request that failed counts as 0."""
+    """The mean score of one group under one codec; a request that failed counts as 0.
+
+    answers: the score of each case, in the order in which they were asked.
+    """
 
     codec: str
     group: tuple[str, ...]
     cases: int = 0
     total: float = 0.0
     errors: int = 0
+    answers: list[float] = field(default_factory=list)
 
     @property
     def mean(self) -> float:
@@ -60,6 +65,7 @@ class Score:
         self.cases += 1
         self.total += score
         self.errors += failed
+        self.answers.append(score)
 
     def as_json(self) -> dict[str, Any]:
         return {**asdict(self), "mean": round(self.mean, 4)}
@@ -138,4 +144,17 @@ def merged(scores: Iterable[Score], axis: int) -> list[Score]:
         into.cases += score.cases
         into.total += score.total
         into.errors += score.errors
+        into.answers += score.answers
     return list(sums.values())
+
+
+def differences(scores: Iterable[Score]) -> dict[str, Difference]:
+    """Of every codec but the first to the first, over all their cases, which must be the same.
+
+    Raises ValueError for scores between right and wrong.
+    """
+    answers: dict[str, list[float]] = {}
+    for score in scores:
+        answers.setdefault(score.codec, []).extend(score.answers)
+    first, *others = answers.items()
+    return {codec: paired_difference(first[1], own) for codec, own in others}

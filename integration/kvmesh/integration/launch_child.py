@@ -113,7 +113,7 @@ async def _copy(process: asyncio.subprocess.Process, log: BoundedLog) -> None:
 
 def member_command(member_id: str, run_dir: Path, mesh_address: str) -> list[str]:
     """The command line of one member, before the launcher's own options."""
-    command = [sys.executable, "-m", "kvmesh.cli.main", "serve", member_id]
+    command = [sys.executable, "-m", "kvmesh.cli.serve", member_id]
     command += ["--run-dir", str(run_dir)]
     if mesh_address:
         command += ["--mesh-address", mesh_address]

@@ -32,6 +32,7 @@ class RequestResult:
     token_s: list[tuple[float, int]] = field(default_factory=list)
     finish_reason: int = 0  # kvmesh.v1.FinishReason
     usage: inference_pb2.Usage = field(default_factory=inference_pb2.Usage)
+    trace_id: str = ""  # 32 hex digits
     error: str = ""  # class and message of what ended it; empty for a finished request
 
 
@@ -61,6 +62,7 @@ async def run_request(
             if response.finish_reason:
                 result.finish_reason = response.finish_reason
                 result.usage.CopyFrom(response.usage)
+                result.trace_id = response.trace_id
     except MeshError as error:
         result.error = f"{type(error).__name__}: {error}"
     result.duration_s = time.perf_counter() - begin

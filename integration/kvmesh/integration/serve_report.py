@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvmesh.integration.loadgen import RequestResult
+from kvmesh.services.common.percentile import percentile
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,15 +157,10 @@ def spread(values: Sequence[float]) -> Spread:
     ordered = sorted(values)
 
     def at(share: float) -> float:
-        return ordered[percentile_index(len(ordered), share)]
+        return percentile(ordered, share)
 
     mean = sum(ordered) / len(ordered)
     return Spread(mean, at(0.5), at(0.9), at(0.95), at(0.99), ordered[-1])
-
-
-def percentile_index(count: int, share: float) -> int:
-    """Of `count` ordered values, the first that at least `share` of them do not exceed."""
-    return max(0, -(-round(count * share * 1e6) // 1_000_000) - 1)
 
 
 def _rate(count: float, seconds: float) -> float:

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kvmesh.backends.cost.price import dollars_per_mtok
-from kvmesh.backends.devices import load_device
-from kvmesh.backends.lpu.compile import compile_model
+from kvmesh.backends.lpu.compile import CHIP, compile_model
 from kvmesh.backends.lpu.shapes import find_shape
 from kvmesh.integration.calibration.kernels import Kernel, kernel_cases
 from kvmesh.integration.calibration.rows import bundled_rows, read_rows
@@ -101,16 +100,13 @@ def price_rows() -> Iterator[CalibrationRow]:
 
 def lpu_rows() -> Iterator[CalibrationRow]:
     """C13: what the geometry of the first LPU comes to, exactly."""
-    chip = load_device("lpu-v1").chip
-    assert chip is not None
-    lanes, planes = chip.lanes.value, chip.mxm_planes.value
-    one_way = chip.streams_per_direction.value * lanes
-    weights = planes * lanes**2
+    chip = replace(CHIP, clock_hz=1e9)
+    operations = chip.peak_int8_ops_per_cycle * chip.clock_hz
     for case, unit, published, predicted in (
-        ("INT8 peak at 1 GHz", "TOPS", 819.2, 2 * weights * 1e9 / 1e12),
-        ("weights of four planes installed", "cycles", 40, weights / one_way),
-        ("streams", "B/cycle", 20480, 2 * one_way),
-        ("memory", "B/cycle", 56320, chip.mem_slices.value * 2 * lanes),
+        ("INT8 peak at 1 GHz", "TOPS", 819.2, operations / 1e12),
+        ("weights of four planes installed", "cycles", 40, chip.install_cycles),
+        ("streams", "B/cycle", 20480, chip.stream_bytes_per_cycle),
+        ("memory", "B/cycle", 56320, chip.mem_bytes_per_cycle),
     ):
         row = compare("C13", case, unit, published, predicted, 0.0)
         yield replace(row, tag="R", source="ISCA 2020, Think Fast")

@@ -15,11 +15,11 @@
     56   u32 size of the table of layers: 0 if every layer has the codec above
     60   4 B zero
     64   u8 codec id of each layer, zeros up to a multiple of 64   (the table of layers, or nothing)
-         ┌ layer 0 ──────────────────────────────────────────────────────────────┐
-         │ K codes  [head][dim / c][token][4 bytes]       sums run along dims      │
-         │ V codes  [head][token / c][dim][4 bytes]       sums run along tokens    │
-         │ K scales fp16 [head][token]  (absent from float codecs)                 │
-         │ V scales fp16 [head][token]  (absent from float codecs)                 │
+         ┌ layer 0 ───────────────────────────────────────────────────────────────┐
+         │ K codes  [head][dim / c][token][4 bytes]       sums run along dims     │
+         │ V codes  [head][token / c][dim][4 bytes]       sums run along tokens   │
+         │ K scales fp16 [head][token]  (absent from float codecs)                │
+         │ V scales fp16 [head][token]  (absent from float codecs)                │
          └────────────────────────────────────────────────────────────────────────┘
          layer 1 ...
     -64  60 B zero

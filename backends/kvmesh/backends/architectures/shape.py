@@ -111,6 +111,12 @@ class ModelShape(Part):
             raise ValueError(f"moe.dense_layers is {dense}, must be at most layers = {self.layers}")
         return self
 
+    @property
+    def plain(self) -> bool:
+        """Nothing in it but what Llama has."""
+        other = (self.mla, self.moe, self.window, self.qk_norm, self.post_norms, self.sinks)
+        return not any((*other, self.qkv_bias, self.output_bias))
+
     # Layers.
 
     @property

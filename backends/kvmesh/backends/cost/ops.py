@@ -96,7 +96,7 @@ def _gqa(plan: Plan, layers: float) -> Iterator[Term]:
         yield _attend(
             plan,
             f"{name}_decode",
-            plan.rates.decode_attention(plan.formats.kv, latent=False),
+            plan.rates.decode_attention(plan.formats.kv),
             {decode: flops * plan.width * count},
             {decode: kv * count, F.DECODE: query * count},
             ({decode: elements * count}, {F.ANY_DECODE: count}),
@@ -172,7 +172,7 @@ def _mla(plan: Plan, layers: float) -> Iterator[Term]:
     yield _attend(
         plan,
         "attention_decode",
-        plan.rates.decode_attention(plan.formats.kv, latent=True),
+        plan.rates.decode_attention(plan.formats.kv, heads),
         {F.DECODE_CONTEXT: 2 * heads * (m.cached + m.kv_lora) * plan.width * layers},
         {F.DECODE_CONTEXT: kv * layers, F.DECODE: query * layers},
         ({F.DECODE_CONTEXT: m.cached * layers}, {F.ANY_DECODE: layers}),

@@ -4,8 +4,10 @@ A price is per device and hour, and every device of an instance counts, those of
 decode alike. Factors of speed are never multiplied here: they change seconds, and seconds cost.
 """
 
+import re
 from dataclasses import dataclass
 
+from kvmesh.backends.devices import device_names, load_device
 from kvmesh.backends.devices.device import Device
 from kvmesh.backends.errors import DeviceError
 
@@ -49,6 +51,15 @@ def price_of(device: Device, preset: str | None = None, per_hour: float | None =
         known = ", ".join(device.price.per_hour)
         raise DeviceError(f"device {device.name} has no price {name!r}; it has: {known}")
     return Price(figure.value, name, f"{figure.source} [{figure.tag}]")
+
+
+def listed_price(product: str) -> Price | None:
+    """Of the device file that a GPU's product name names ("NVIDIA H100 80GB HBM3": h100), at its
+    default preset; None if no file is of it, or it has no price."""
+    words = re.findall(r"[a-z0-9]+", product.lower())
+    name = next((word for word in words if word in device_names()), None)
+    device = load_device(name) if name else None
+    return price_of(device) if device is not None and device.price is not None else None
 
 
 def power_of(device: Device) -> float:

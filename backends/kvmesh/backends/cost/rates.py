@@ -12,6 +12,7 @@ from kvmesh.backends.errors import DeviceError
 _COMPUTE_GEMM = (8192, 8192, 8192)
 _MEMORY_GEMM = (16, 7168, 16384)
 _ATTENTION_S = 40e-6
+_LATENT_HEADS = 128  # of the MLA kernels that were measured
 
 # What a format of weights multiplies in, best first; the last one for devices that have only it.
 _MATH = {
@@ -117,17 +118,23 @@ class Rates:
         memory, floor = _values(decode, "memory", "floor_s")
         return Rate(peak * self._share(share.value), self._bandwidth * self._share(memory), floor)
 
-    def decode_attention(self, kv: str, latent: bool) -> Rate:
-        """latent: MLA, where all heads share what is cached."""
+    def decode_attention(self, kv: str, latent_heads: int = 0) -> Rate:
+        """latent_heads: of MLA, which share what is cached; 0: other attention."""
         dtype = self.attention_math(kv)
         peak = self._device.peak[dtype].value
         if self._found is None:
             return Rate(peak, self._bandwidth, 0.0)
-        row = self._look("mla_decode" if latent else "gqa_decode", dtype)
+        row = self._look("mla_decode" if latent_heads else "gqa_decode", dtype)
         memory, compute, floor = _values(row, "memory", "compute", "floor_s")
         # Both shares are of one measured time, whose bytes alone take _ATTENTION_S.
         freed = without_floor(memory, _ATTENTION_S, floor) / memory
-        compute = compute * freed if latent else compute
+        if latent_heads:
+            compute *= freed
+        if 0 < latent_heads < _LATENT_HEADS:
+            # The math of all heads is in that time, so it shows the least that memory bears. Few
+            # of them, as on a tensor rank, read as fast as other keys and values are read.
+            memory = max(memory, _values(self._look("gqa_decode", dtype), "memory")[0])
+            freed = without_floor(memory, _ATTENTION_S, floor) / memory
         return Rate(
             peak * self._share(compute), self._bandwidth * self._share(memory * freed), floor
         )

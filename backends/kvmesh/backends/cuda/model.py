@@ -17,6 +17,7 @@ from kvmesh.backends.base import (
     StepTimes,
 )
 from kvmesh.backends.cost.fit import StepFit
+from kvmesh.backends.cost.price import listed_price
 from kvmesh.backends.cuda.pool import DevicePool
 from kvmesh.backends.cuda.stages import DeviceStages, providers
 from kvmesh.backends.errors import CheckpointError
@@ -89,12 +90,15 @@ class CudaModel:
     @property
     def device(self) -> DeviceInfo:
         facts = self._device.describe()
+        price = listed_price(facts.name)
         return DeviceInfo(
             name=facts.name,
             kind="measured",
             architecture=facts.architecture,
             memory_bytes=facts.memory_bytes,
             bandwidth_bytes_s=facts.bandwidth_bytes_s,
+            price_per_hour=price.per_hour if price else 0.0,
+            price_source=f"{price.preset}: {price.source}" if price else "",
         )
 
     @property

@@ -159,14 +159,22 @@ class Efficiency(Section):
 
 
 class Chip(Section):
-    """Geometry of an LPU chip; vectors have lanes x 1 byte. See "Think Fast" (ISCA 2020)."""
+    """Geometry of an LPU chip; a vector has one byte per lane of all superlanes. See "Think Fast"
+    (ISCA 2020), and lpu/chip.py for what its compiler makes of it. links: that share scale_up."""
 
     clock_hz: Positive
-    lanes: Count
+    superlanes: Count
+    lanes_per_superlane: Count
     mem_slices: Count
     mem_slice_bytes: Count
     streams_per_direction: Count
     mxm_planes: Count
+    weight_streams: Count
+    vxm_alus: Count
+    stagger_cycles: Count
+    mxm_pipeline_cycles: Count
+    mem_cycles: Count
+    links: Count
 
 
 class Device(Section):
@@ -194,6 +202,13 @@ class Device(Section):
             raise ValueError("efficiency is missing, which model = 'op' needs")
         if self.model == "cycle" and self.chip is None:
             raise ValueError("chip is missing, which model = 'cycle' needs")
+        if self.chip is not None:
+            size = self.chip.mem_slices.value * self.chip.mem_slice_bytes.value
+            if size != self.memory.bytes.value:
+                raise ValueError(
+                    f"memory.bytes is {self.memory.bytes.value:.0f}, must be the {size:.0f} of "
+                    "chip.mem_slices x chip.mem_slice_bytes"
+                )
         return self
 
     @property

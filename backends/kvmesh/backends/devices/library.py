@@ -89,15 +89,23 @@ def _resolve(
     own.setdefault("name", path.stem)
     result: dict[str, Any] = {}
     if base is not None:
-        result = _resolve(_find(base, folder, skip=path), folder, seen, field)
+        result = _resolve(_other(path, "extends", base, folder), folder, seen, field)
     if not isinstance(take, dict):
         raise DeviceError(f"{path}: take is {take!r}, must be a table of field = device")
     for taken, device in take.items():
         if not _overlap(taken, field):
             continue
-        origin = _find(_text(path, f"take.{taken}", device) or "", folder, skip=path)
+        origin = _other(path, f"take.{taken}", _text(path, f"take.{taken}", device) or "", folder)
         _put(result, taken, _taken(path, taken, _resolve(origin, folder, seen, taken)))
     return _merge(result, own)
+
+
+def _other(path: Path, field: str, name: str, folder: Path | None) -> Path:
+    """The file of a device that `path` names."""
+    try:
+        return _find(name, folder, skip=path)
+    except DeviceError as error:
+        raise DeviceError(f"{path}: {field}: {error}") from None
 
 
 def _overlap(one: str, other: str) -> bool:

@@ -1,11 +1,14 @@
 """One LPU chip as its compiler sees it: sizes, rates and places, all fixed, nothing adaptive.
 
-Figures of the first LPU (the Tensor Streaming Processor), as published in "Think Fast" (ISCA 2020)
-and, for the links, in the paper on the multi-chip system (ISCA 2022).
+Its figures are in devices/lpu-v1.toml with their sources; defaults here are the compiler's choices.
 """
 
 import math
 from dataclasses import dataclass
+from typing import Self
+
+from kvmesh.backends.devices.device import Device
+from kvmesh.backends.errors import DeviceError
 
 EAST, WEST = 1, -1  # direction of a stream, in hops per cycle
 
@@ -20,23 +23,45 @@ class LpuChip:
     after its operands. mxm_pipeline_cycles: on top of that, through the array and accumulators.
     """
 
-    clock_hz: float = 0.9e9
-    superlanes: int = 20
-    lanes_per_superlane: int = 16
-    mem_slices: int = 88
-    mem_slice_bytes: int = 5 << 19  # 2.5 MiB
-    streams_per_direction: int = 32
-    mxm_planes: int = 4
-    weight_streams: int = 16
-    vxm_alus: int = 16  # per lane
-    stagger_cycles: int = 20
-    mxm_pipeline_cycles: int = 20
-    mem_cycles: int = 1
-    link_bytes_s: float = 15e9  # one direction of one link: 4 lanes of 30 Gb/s
-    hop_s: float = 0.7e-6  # chip to chip, first byte
-    local_links: int = 7  # to the others of a fully connected node
+    clock_hz: float
+    superlanes: int
+    lanes_per_superlane: int
+    mem_slices: int
+    mem_slice_bytes: int
+    streams_per_direction: int
+    mxm_planes: int
+    weight_streams: int
+    vxm_alus: int  # per lane
+    stagger_cycles: int
+    mxm_pipeline_cycles: int
+    mem_cycles: int
+    link_bytes_s: float  # one direction of one link
+    hop_s: float  # chip to chip, first byte
+    local_links: int  # to the others of a fully connected node
     work_slices: int = 12  # of each hemisphere, nearest the VXM, for what a program computes
     work_vectors: int = 1024  # of each of those that weights and cache must leave free
+
+    @classmethod
+    def of(cls, device: Device) -> Self:
+        """Raises DeviceError if the device has no such chip."""
+        chip, up = device.chip, device.scale_up
+        if chip is None or up.latency_s is None:
+            raise DeviceError(
+                f"device {device.name}: {'chip' if chip is None else 'scale_up.latency_s'} is "
+                "missing, which compiling for it needs"
+            )
+        whole = ("clock_hz", "links")
+        return cls(
+            clock_hz=chip.clock_hz.value,
+            link_bytes_s=up.bandwidth_bytes_s.value / chip.links.value,
+            hop_s=up.latency_s.value,
+            local_links=device.domain - 1,
+            **{
+                name: int(getattr(chip, name).value)
+                for name in type(chip).model_fields
+                if name not in whole
+            },
+        )
 
     @property
     def vector_bytes(self) -> int:

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from dataclasses import dataclass
 
+from kvmesh.backends.devices import load_device
 from kvmesh.backends.lpu.chip import LpuChip
 from kvmesh.backends.lpu.execute import Execution, Executor
 from kvmesh.backends.lpu.lower import Lowering, Work
@@ -12,7 +13,8 @@ from kvmesh.backends.lpu.schedule import Schedule
 from kvmesh.backends.lpu.shapes import ModelShape, Placement, place_model
 from kvmesh.kernels.layout import CODECS
 
-CHIP = LpuChip()
+DEVICE = load_device("lpu-v1")
+CHIP = LpuChip.of(DEVICE)
 _WHOLE_WEIGHTS = 16 << 20  # a model up to this size is one program, not one layer times many
 
 

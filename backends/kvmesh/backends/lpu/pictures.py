@@ -5,6 +5,7 @@ Both say that their times are simulated.
 
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from html import escape
 
 from kvmesh.backends.lpu.compile import CHIP, Compiled, Part
@@ -118,16 +119,18 @@ def _axis(total: int, y: int) -> list[str]:
 
 
 def perfetto_trace(compiled: Compiled) -> str:
-    """Trace-event JSON: a process for each program, a thread for each unit, and one for the
-    critical path. Times are simulated microseconds at the chip's clock."""
+    """Trace-event JSON: a process for each program, and threads: the critical path, and each unit.
+
+    What a unit has under way at once is on threads of its own, since slices of one thread must nest
+    and others are dropped on import. Times are simulated microseconds at the chip's clock.
+    """
     events: list[dict[str, object]] = []
     for pid, part in enumerate(compiled.parts, 1):
         name = f"{part.name}, simulated, x {part.times} per token"
         events.append(_named("process_name", pid, 0, name))
-        units = sorted({each.unit for each in part.program.instructions})
-        threads = {unit: tid for tid, unit in enumerate(units, 2)}
-        events += [_named("thread_name", pid, tid, unit) for unit, tid in threads.items()]
+        threads = _threads(part.program.instructions)
         events.append(_named("thread_name", pid, 1, "critical path"))
+        events += [_named("thread_name", pid, tid, row) for tid, (row, _) in enumerate(threads, 2)]
         legs = critical_path(part.program, part.execution.cycles)
         events += [
             _slice(pid, 1, f"{leg.label} ({leg.unit})", (leg.begin, leg.cycles)) for leg in legs
@@ -135,14 +138,33 @@ def perfetto_trace(compiled: Compiled) -> str:
         events += [
             _slice(
                 pid,
-                threads[each.unit],
+                tid,
                 f"{each.op} {each.label}".rstrip(),
                 (each.cycle, each.end - each.cycle),
             )
-            for each in part.program.instructions
+            for tid, (_, instructions) in enumerate(threads, 2)
+            for each in instructions
         ]
     other = {"clock": "simulated", "hz": CHIP.clock_hz}
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ns", "otherData": other})
+
+
+def _threads(instructions: Iterable[Instruction]) -> list[tuple[str, list[Instruction]]]:
+    """(name, instructions that do not overlap) of each thread, as few for each unit as that takes;
+    sorted by unit."""
+    rows: dict[str, list[list[Instruction]]] = defaultdict(list)
+    for each in sorted(instructions, key=lambda each: (each.unit, each.cycle, each.end)):
+        free = (row for row in rows[each.unit] if row[-1].end <= each.cycle)
+        row = next(free, None)
+        if row is None:
+            rows[each.unit].append([each])
+        else:
+            row.append(each)
+    return [
+        (f"{unit} ({number})" if number > 1 else unit, row)
+        for unit, found in rows.items()
+        for number, row in enumerate(found, 1)
+    ]
 
 
 def _named(what: str, pid: int, tid: int, name: str) -> dict[str, object]:
@@ -158,6 +180,6 @@ def _slice(pid: int, tid: int, name: str, span: tuple[int, int]) -> dict[str, ob
         "pid": pid,
         "tid": tid,
         "ts": round(begin * micro, 6),
-        "dur": round(cycles * micro, 6),
+        "dur": round(round((begin + cycles) * micro, 6) - round(begin * micro, 6), 6),
         "args": {"cycle": begin, "cycles": cycles},
     }

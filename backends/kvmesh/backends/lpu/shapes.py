@@ -1,10 +1,13 @@
 """Models by their shape, and how a shape is shared out over chips."""
 
+import functools
 from dataclasses import dataclass
 from itertools import product
 from math import ceil
 from pathlib import Path
 
+from kvmesh.backends import architectures
+from kvmesh.backends.architectures import load_shape, shape_names
 from kvmesh.backends.lpu.chip import LpuChip
 from kvmesh.backends.lpu.program import LpuError, ModelDoesNotFit
 from kvmesh.backends.models.config import LlamaConfig, read_config
@@ -50,16 +53,25 @@ def shape_of(config: LlamaConfig, name: str) -> ModelShape:
     )
 
 
-KNOWN = {
-    shape.name: shape
-    for shape in (
-        ModelShape("llama-2-7b", 32, 4096, 32, 32, 128, 11008, 32000, 4096),
-        ModelShape("llama-2-70b", 80, 8192, 64, 8, 128, 28672, 32000, 4096),
-        ModelShape("llama-3.1-8b", 32, 4096, 32, 8, 128, 14336, 128256, 131072),
-        ModelShape("llama-3.1-70b", 80, 8192, 64, 8, 128, 28672, 128256, 131072),
-        ModelShape("mistral-7b", 32, 4096, 32, 8, 128, 14336, 32000, 32768),
+@functools.cache
+def known_shapes() -> dict[str, ModelShape]:
+    """The published models that are plain Llama-style decoders, by name."""
+    found = (load_shape(name) for name in shape_names())
+    return {each.name: _plain(each) for each in found if each.plain}
+
+
+def _plain(shape: architectures.ModelShape) -> ModelShape:
+    return ModelShape(
+        name=shape.name,
+        num_layers=shape.layers,
+        hidden=shape.hidden,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        ffn=shape.ffn,
+        vocab=shape.vocab,
+        max_context=shape.max_context,
     )
-}
 
 
 def find_shape(name: str) -> ModelShape:
@@ -67,12 +79,18 @@ def find_shape(name: str) -> ModelShape:
 
     Raises CheckpointError for a bad folder, LpuError for what is neither.
     """
-    if name in KNOWN:
-        return KNOWN[name]
+    known = known_shapes()
+    if name in known:
+        return known[name]
     path = Path(name)
+    if name in shape_names():
+        raise LpuError(
+            f"{name} is not a plain Llama-style decoder, and only such are compiled: "
+            f"{', '.join(known)}, or a checkpoint's folder"
+        )
     if not path.is_dir():
         raise LpuError(
-            f"{name!r} is neither a checkpoint's folder nor a known model: {', '.join(KNOWN)}"
+            f"{name!r} is neither a checkpoint's folder nor a known model: {', '.join(known)}"
         )
     return shape_of(read_config(path), path.resolve().name)
 

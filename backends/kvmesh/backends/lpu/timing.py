@@ -4,15 +4,13 @@ import functools
 from dataclasses import dataclass, replace
 
 from kvmesh.backends.base import DeviceInfo, Estimate, StepShape
-from kvmesh.backends.devices.library import load_device
 from kvmesh.backends.lpu.chip import LpuChip
-from kvmesh.backends.lpu.compile import CHIP, compile_model
+from kvmesh.backends.lpu.compile import CHIP, DEVICE, compile_model
 from kvmesh.backends.lpu.shapes import ModelShape, Placement
 from kvmesh.backends.simulated.device import device_info
 
 _SHORT, _LONG = 64, 1024  # tokens of context
 _WIDE = 8  # tokens of one program
-_CHIP_W = 300.0  # the published thermal limit of one chip
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,20 +103,8 @@ def lpu_clock(shape: ModelShape, codec: str) -> LpuClock:
 
 
 def _device(placement: Placement) -> DeviceInfo:
-    chips, hz = placement.chips, CHIP.clock_hz
-    int8 = CHIP.peak_int8_ops_per_cycle * hz * chips
-    priced = device_info(load_device("lpu-v1"), chips, "", 1.0)
-    return DeviceInfo(
-        price_per_hour=priced.price_per_hour,
-        price_source=priced.price_source,
-        count=chips,
-        transfer_byte_s=priced.transfer_byte_s,
-        transfer_base_s=priced.transfer_base_s,
-        name=f"LPU v1 x {chips}",
-        kind="simulated",
-        architecture="tsp",
-        memory_bytes=CHIP.sram_bytes * chips,
-        bandwidth_bytes_s=CHIP.mem_bytes_per_cycle * hz * chips,
-        peak_flops=(("int8", int8), ("fp16", int8 / 4)),
-        power_w=_CHIP_W * chips,
-    )
+    chips = placement.chips
+    # The file's bandwidth is what streams carry; a chip's own memory gives more.
+    own = CHIP.mem_bytes_per_cycle * CHIP.clock_hz * chips
+    found = device_info(DEVICE, chips, f"LPU v1 x {chips}", 1.0)
+    return replace(found, bandwidth_bytes_s=own)

@@ -1,7 +1,8 @@
 """The life of one request in the simulated mesh; what services/router/generation.py does live."""
 
-from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from kvmesh.integration.simulate.arrivals import SimRequest
 from kvmesh.integration.simulate.record import RequestRecord
@@ -13,6 +14,7 @@ from kvmesh.services.router.cost import Candidate
 from kvmesh.services.worker.sequence import Fetched, Tail, Work
 
 ROOT = bytes(KEY_BYTES)
+_LEAST = 1 << 16
 
 
 @dataclass(slots=True)
@@ -48,7 +50,7 @@ class Journey:
         return Work(
             ticket=self.request.index,
             request_id=self.name,
-            token_ids=array("q", bytes(8 * self.tokens)),
+            token_ids=_unknown(self.tokens),
             num_prompt=self.request.input_tokens,
             settings=SamplingSettings(max_tokens=self.request.output_tokens, ignore_eos=True),
             root=ROOT,
@@ -68,3 +70,15 @@ class Journey:
         self.decode_worker = chosen.decode_worker
         self.record.decode_worker = chosen.decode_worker
         self.record.prefill_worker = chosen.prefill_worker
+
+
+def _unknown(count: int) -> Sequence[int]:
+    """So many token ids. Nothing looks at them: keys say which blocks are alike."""
+    size = max(_LEAST, 1 << count.bit_length())
+    return _zeros(size)[:count]
+
+
+@cache
+def _zeros(size: int) -> Sequence[int]:
+    """Read-only, so that all requests can have a view of the same ones."""
+    return memoryview(bytes(8 * size)).cast("q")

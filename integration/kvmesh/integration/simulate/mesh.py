@@ -150,7 +150,8 @@ class SimMesh:
         steady = False
         if update.tokens:
             if record.last_token_s is None:
-                record.first_token_s = at
+                first_s = self._scenario.overheads.first_token_s
+                record.first_token_s = at if first_s is None else self.clock.now + first_s
                 record.cached_tokens = update.sequence.cached_tokens
                 timeline = update.sequence.timeline
                 record.admitted_s, record.first_step_s = timeline.admitted, timeline.first_step
@@ -159,7 +160,7 @@ class SimMesh:
                 self.gaps.single.append(gap)
                 record.longest_gap_s = max(record.longest_gap_s, gap)
                 steady = True
-            record.last_token_s = at
+            record.last_token_s = max(at, record.first_token_s or at)
             record.output_tokens += len(update.tokens)
             journey.tokens += len(update.tokens)
             if update.first:

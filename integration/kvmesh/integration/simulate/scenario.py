@@ -107,15 +107,17 @@ class Failure:
 @dataclass(frozen=True, slots=True)
 class Overheads:
     """Seconds that services and RPCs take beside the devices. request_s: from the client to the
-    worker's queue. token_s: from a step's end to the client."""
+    worker's queue. token_s: from a step's end to the client; first_token_s: of a request's first
+    token, if that takes another time."""
 
     request_s: float = 0.0
     token_s: float = 0.0
+    first_token_s: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("request_s", "token_s"):
+        for name in ("request_s", "token_s", "first_token_s"):
             value = getattr(self, name)
-            if not 0 <= value < math.inf:
+            if value is not None and not 0 <= value < math.inf:
                 raise ScenarioError(f"overheads.{name} is {value:g}, must be at least 0")
 
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from collections.abc import Sequence as Listed
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,9 +13,10 @@ from kvmesh.integration.simulate.drafts import Drafts
 from kvmesh.integration.simulate.lane import Lane, Run
 from kvmesh.integration.simulate.scenario import Optimisations
 from kvmesh.kernels.layout import BLOCK_SIZE
+from kvmesh.services.worker.blocks import CacheEvents
 from kvmesh.services.worker.scheduler import Scheduler
 from kvmesh.services.worker.sequence import Fetched, Sequence, State, Update, Work
-from kvmesh.v1 import common_pb2, worker_pb2
+from kvmesh.v1 import worker_pb2
 
 
 @dataclass(slots=True)
@@ -53,6 +55,17 @@ class Life:
     options: Optimisations
     rng: np.random.Generator
     on_run: Callable[["SimWorker", Run, list[Update]], None] = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyEvents:
+    """What kvmesh.v1.BlockEvents says, without making each key anew."""
+
+    incarnation: int
+    sequence: int
+    stored: Listed[bytes]
+    removed: Listed[bytes]
+    snapshot: bool = False
 
 
 class SimWorker:
@@ -149,39 +162,29 @@ class SimWorker:
             blocks_free=min(rank.scheduler.cache.available for rank in self._ranks),
         )
 
-    def events(self) -> common_pb2.BlockEvents | None:
+    def events(self) -> KeyEvents | None:
         """Keys that came and went since the last call; None if none did."""
-        stored: list[bytes] = []
-        removed: list[bytes] = []
-        for rank in self._ranks:
-            change = rank.scheduler.cache.drain_events()
-            if len(self._ranks) == 1:
-                stored, removed = list(change.stored), list(change.removed)
-            else:
-                self._merge(change.stored, change.removed, stored, removed)
+        if len(self._ranks) == 1:
+            change = self._ranks[0].scheduler.cache.drain_events()
+            stored, removed = change.stored, change.removed
+        else:
+            came: list[bytes] = []
+            went: list[bytes] = []
+            for rank in self._ranks:
+                self._merge(rank.scheduler.cache.drain_events(), came, went)
+            stored, removed = tuple(came), tuple(went)
         if not stored and not removed:
             return None
         self._events += 1
-        return common_pb2.BlockEvents(
-            incarnation=self.life.incarnation,
-            sequence=self._events,
-            stored=stored,
-            removed=removed,
-        )
+        return KeyEvents(self.life.incarnation, self._events, stored, removed)
 
-    def _merge(
-        self,
-        came: tuple[bytes, ...],
-        went: tuple[bytes, ...],
-        stored: list[bytes],
-        removed: list[bytes],
-    ) -> None:
+    def _merge(self, change: CacheEvents, stored: list[bytes], removed: list[bytes]) -> None:
         """A worker holds what any of its ranks holds."""
-        for key in came:
+        for key in change.stored:
             self._held[key] += 1
             if self._held[key] == 1:
                 stored.append(key)
-        for key in went:
+        for key in change.removed:
             self._held[key] -= 1
             if not self._held[key]:
                 del self._held[key]

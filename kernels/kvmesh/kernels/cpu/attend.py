@@ -9,22 +9,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvmesh.kernels.cpu.dot import dot_rows, set_tile, set_weights
+from kvmesh.kernels.cpu.dot import dot_rows, set_weights
+from kvmesh.kernels.cpu.hadamard import hadamard
 from kvmesh.kernels.cpu.jit import kernel
 from kvmesh.kernels.cpu.lanes import (
     accumulate,
-    exp2,
+    add_products,
     exponents,
     fetch_halves,
-    get,
-    get_int,
     largest,
-    put,
     scale_dots,
     widen_halves,
 )
 from kvmesh.kernels.cpu.simd import ROWS
-from kvmesh.kernels.cpu.tile import hadamard, plane_at, read_floats
+from kvmesh.kernels.cpu.softmax import weigh_rows
+from kvmesh.kernels.cpu.tile import plane_at, read_floats
+from kvmesh.kernels.cpu.vectors import exp2, get, get_int, put
 from kvmesh.kernels.layout import BLOCK_SIZE
 
 _ZERO = np.float32(0.0)
@@ -143,10 +143,10 @@ def _absorb_rows(geo: Any, planes: Any, at: Any, rows: Any, view: Any, start: in
         )  # fmt: skip
     for i in range(count):
         _look(at.weights + size * i, view, first + i, start)
-    for i in range(count):
-        put(at.fades, i, _weigh(at, at.weights + size * i, first + i))
-    for i in range(count):
-        set_tile(mixing, i, at.weights + size * i, at.value_scales)
+    weigh_rows(  # ROWS of them: those past the end are there, and no one's
+        at.weights, at.value_scales, at.peak + 4 * first, at.total + 4 * first, at.fades,
+        mixing.wide, mixing.high, mixing.low, mixing.unit, mixing.offset,
+    )  # fmt: skip
     dot_rows(geo.value_bits, values, mixing, (0, count), at.dots, geo.dim, stride)
     for i in range(count):
         accumulate(
@@ -211,8 +211,8 @@ def start_row(geo: Any, table: Any, query: Any, center: Any, scratch: Any, row: 
     for j in range(geo.dim):
         own[j] = query[j] * scale
     if geo.key_bits <= 8:
+        bias = add_products(own.ctypes.data, center.ctypes.data, geo.dim)
         for j in range(geo.dim):
-            bias = bias + own[j] * center[j]
             own[j] = own[j] * table.signs[j]
         hadamard(own, table.base)
         for j in range(geo.dim):

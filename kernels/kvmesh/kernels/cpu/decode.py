@@ -4,10 +4,12 @@ Unlike step.py, which runs a model's layer over the whole of a sequence, this ta
 a process has and says with the output how much weight it stands for: (output, max, log-sum). The
 blocks of a sequence are taken SPLIT_BLOCKS at a time, and the partial sums merged from first to
 last, then the tail: so a result depends on the sequence alone, not on threads or company.
+
+After other work a call finds the caches empty, and then each function of Python or NumPy that it
+touches costs tens of microseconds, as much as attending to hundreds of tokens. So there is one
+compiled call, which also checks what is in the arrays, plans, merges, and shares out its items.
 """
 
-import itertools
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,19 +24,23 @@ from kvmesh.kernels.cpu.attend import (
     start_row,
     unrotate,
 )
-from kvmesh.kernels.cpu.decode_inputs import Cache, Masking, Queries, checked
-from kvmesh.kernels.cpu.jit import entry
-from kvmesh.kernels.cpu.lanes import exp2
-from kvmesh.kernels.cpu.threads import run_parts
+from kvmesh.kernels.cpu.decode_inputs import Cache, Masking, Queries, check_ranges, checked
+from kvmesh.kernels.cpu.jit import entry, kernel
+from kvmesh.kernels.cpu.threads import run_shared
 from kvmesh.kernels.cpu.tile import Pool, geometry, make_scratch, tables
+from kvmesh.kernels.cpu.vectors import exp2, take_one
+from kvmesh.kernels.layout import BLOCK_SIZE
 from kvmesh.kernels.merge import Partial
 
-SPLIT_BLOCKS = 64  # part of the result: another size adds up in another order
+SPLIT_BLOCKS = 16  # part of the result: another size adds up in another order
 _NEVER = np.float32(-np.inf)
 _ZERO = np.float32(0.0)
 _LN2 = np.float32(np.log(2))
 
 Floats = npt.NDArray[np.float32]
+
+_PLAIN = Masking()
+_NEXT, _MISFIT, _DONE = 0, 1, 2  # in the counters that threads share; from _DONE on, of each pair
 
 
 def attend_decode(
@@ -43,161 +49,168 @@ def attend_decode(
     """Attention of every query, scores scaled by 1/sqrt(D): fp32 output [S, n, Hq, D], max and
     log_sum [S, n, Hq]. A query that sees nothing has output 0, max -inf and log_sum 0.
 
-    Raises ValueError naming the array that does not fit, before anything is computed.
+    Raises ValueError naming the array that does not fit.
     """
-    masking = masking or Masking()
+    masking = masking or _PLAIN
     plan = checked(cache, queries, masking)
-    layout = cache.layout
-    sequences, n, heads, dim = plan.q.shape
-    rows = n * heads // layout.num_kv_heads
-    items = _items(plan.counts, plan.tail_counts, layout.num_kv_heads)
-    parts = _Parts(
-        np.empty((len(items), rows, dim), np.float32),
-        np.empty((len(items), rows), np.float32),
-        np.empty((len(items), rows), np.float32),
+    layout, layer = cache.layout, cache.layer
+    sequences, n, query_heads, dim = plan.q.shape
+    heads = layout.num_kv_heads
+    rows = n * query_heads // heads
+    chunks = -(-plan.tables.shape[1] // SPLIT_BLOCKS) + 1  # of a pair, the last one for the tail
+    items = sequences * heads * chunks
+    parts = (
+        np.empty((items, rows, dim), np.float32),  # the values' sum, rotated for blocks
+        np.empty((items, rows), np.float32),  # largest score
+        np.empty((items, rows), np.float32),  # sum of weights
     )
-    pool = Pool(cache.blocks, cache.blocks.view(np.uint16), cache.blocks.view(np.float32))
-    geo, table = geometry(layout, cache.layer), tables(layout, cache.layer)
-    options = (np.float32(masking.soft_cap) * LOG2E, masking.window, masking.kept)
-
-    def run(first: int, end: int) -> None:
-        _run_items(
-            geo, table, pool, plan.arrays, cache.centers, items[first:end], options,
-            parts.slice(first, end),
-        )  # fmt: skip
-
-    run_parts(run, _parts_of(items, threads))
-    found = Partial(
-        np.empty(plan.q.shape, np.float32),
-        np.empty((sequences, n, heads), np.float32),
-        np.empty((sequences, n, heads), np.float32),
+    found = (
+        np.empty((sequences, n, query_heads, dim), np.float32),
+        np.empty((sequences, n, query_heads), np.float32),
+        np.empty((sequences, n, query_heads), np.float32),
     )
-    sinks = np.full(heads, _NEVER) if masking.sinks is None else masking.sinks
-    _merge_items(
-        geo, table, cache.centers, items, parts.arrays, sinks.astype(np.float32) * LOG2E,
-        (found.output, found.max, found.log_sum),
-    )  # fmt: skip
-    return found
+    counters = np.zeros(_DONE + sequences * heads, np.int64)
+    geo, table = geometry(layout, layer), tables(layout, layer)
+    options = (float(masking.soft_cap), masking.window, masking.kept, SPLIT_BLOCKS)
 
+    def run() -> None:
+        _run(geo, table, cache.blocks, plan, options, parts, found, counters)
 
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """What each item found: the values' sum (rotated for blocks), largest score, sum of weights."""
-
-    mixed: Floats
-    peak: Floats
-    total: Floats
-
-    @property
-    def arrays(self) -> Any:
-        return self.mixed, self.peak, self.total
-
-    def slice(self, first: int, end: int) -> Any:
-        return self.mixed[first:end], self.peak[first:end], self.total[first:end]
-
-
-def _items(
-    counts: npt.NDArray[np.int64], tail_counts: npt.NDArray[np.int64], heads: int
-) -> npt.NDArray[np.int64]:
-    """int64 [any, 4]: sequence, kv head, first block, end; a tail has first = end = -1. A pair's
-    items follow each other in the order in which they are merged."""
-    rows: list[tuple[int, int, int, int]] = []
-    for s, (count, tail) in enumerate(zip(counts.tolist(), tail_counts.tolist(), strict=True)):
-        cuts = [
-            (first, min(first + SPLIT_BLOCKS, count)) for first in range(0, count, SPLIT_BLOCKS)
-        ]
-        if tail or not cuts:  # an item for every pair, even one that sees nothing
-            cuts.append((-1, -1))
-        rows += [(s, head, first, end) for head in range(heads) for first, end in cuts]
-    return np.array(rows, np.int64).reshape(-1, 4)
-
-
-def _parts_of(items: npt.NDArray[np.int64], threads: int) -> list[tuple[int, int]]:
-    """[first, end) of consecutive items, as much work in each as in the others."""
-    work = np.cumsum(items[:, 3] - items[:, 2] + 1)
-    wanted = work[-1] * np.arange(1, threads) / threads
-    cuts = [0, *(np.searchsorted(work, wanted) + 1).tolist(), len(items)]
-    return [(a, b) for a, b in itertools.pairwise(cuts) if a < b]
+    run_shared(run, min(threads, items))
+    if counters[_MISFIT]:
+        check_ranges(cache, queries, n)
+    return Partial(*found)
 
 
 @entry
-def _run_items(
-    geo: Any, table: Any, pool: Any, plan: Any, centers: Any, items: Any, options: Any, parts: Any
-) -> None:
-    q, blocks, positions, starts, tails, tail_counts = plan
-    cap, window, kept = options
-    mixed, peak, total = parts
-    n = q.shape[1]
-    group = q.shape[2] // geo.heads
-    scratch = make_scratch(geo.dim, n * group)
-    for item in range(items.shape[0]):
-        s, head, first, end = items[item]
-        view = View(cap, np.int64(window), np.int64(kept), positions[s], np.int64(group))
-        for i in range(n):
-            for g in range(group):
-                start_row(
-                    geo, table, q[s, i, head * group + g], centers[0, head], scratch, i * group + g
-                )
-        if end > first:
-            absorb(
-                geo, table, pool, blocks[s, first:end], starts[s, first:end], head, n * group,
-                scratch, view,
-            )  # fmt: skip
-        if first < 0 and tail_counts[s] > 0:
-            count = tail_counts[s]
-            read_tail(tails[s], head, count, scratch)
-            values = tails[s, 1, :, head, :]
-            begin = positions[s] + n - count
-            for i in range(n):
-                for g in range(group):
-                    query = q[s, i, head * group + g]
-                    seen = count - n + i + 1
-                    absorb_tail(query, values, seen, scratch, i * group + g, view, begin)
-        for row in range(n * group):
+def _run(
+    geo: Any, table: Any, blocks: Any, plan: Any, options: Any, parts: Any, found: Any,
+    counters: Any,
+) -> None:  # fmt: skip
+    """Takes items until there are none: chunks of a pair of sequence and KV head. Whoever ends the
+    last of a pair merges them."""
+    cap, window, kept, split = options
+    chunks = -(-plan.tables.shape[1] // split) + 1
+    pairs = plan.q.shape[0] * geo.heads
+    group = plan.q.shape[2] // geo.heads
+    pool = Pool(blocks, blocks.view(np.uint16), blocks.view(np.float32))
+    scratch = make_scratch(geo.dim, plan.q.shape[1] * group)
+    starts = np.empty(split, np.int64)
+    counts = counters.ctypes.data
+    while True:
+        item = take_one(counts, _NEXT)
+        if item >= pairs * chunks:
+            break
+        pair = item // chunks
+        s, head, chunk = pair // geo.heads, pair % geo.heads, item % chunks
+        view = View(
+            np.float32(cap) * LOG2E, np.int64(window), np.int64(kept), plan.positions[s],
+            np.int64(group),
+        )  # fmt: skip
+        if chunk == chunks - 1:
+            fits = _attend_tail(geo, table, plan, s, head, scratch, view)
+        else:
+            fits = _attend_chunk(
+                geo, table, pool, plan, s, head, scratch, view, chunk * split, starts
+            )
+        if not fits:
+            counters[_MISFIT] = 1
+        mixed, peak, total = parts
+        for row in range(scratch.peak.size):
             peak[item, row] = scratch.peak[row]
             total[item, row] = scratch.total[row]
             mixed[item, row, :] = scratch.mixed[row]
+        if take_one(counts, _DONE + pair) == chunks - 1:
+            _merge_pair(geo, table, plan, s, head, pair * chunks, chunks, parts, found)
 
 
-@entry
-def _merge_items(
-    geo: Any, table: Any, centers: Any, items: Any, parts: Any, sinks: Any, found: Any
-) -> None:
+@kernel
+def _start(geo: Any, table: Any, plan: Any, s: int, head: int, scratch: Any) -> None:
+    group = plan.q.shape[2] // geo.heads
+    for row in range(plan.q.shape[1] * group):
+        query = plan.q[s, row // group, head * group + row % group]
+        start_row(geo, table, query, plan.centers[0, head], scratch, row)
+
+
+@kernel
+def _attend_chunk(
+    geo: Any, table: Any, pool: Any, plan: Any, s: int, head: int, scratch: Any, view: Any,
+    first: int, starts: Any,
+) -> bool:  # fmt: skip
+    """Blocks [first, first + starts.size) of a sequence. Returns False if the tables do not fit."""
+    scratch.peak[:] = _NEVER
+    count = plan.counts[s]
+    if count < 0 or count > plan.tables.shape[1]:
+        return False
+    end = min(first + starts.size, count)
+    if end <= first:
+        return True
+    for b in range(first, end):
+        if plan.tables[s, b] < 0 or plan.tables[s, b] >= pool.octets.shape[0]:
+            return False
+        starts[b - first] = plan.starts[s, b] if plan.starts.size else b * BLOCK_SIZE
+    _start(geo, table, plan, s, head, scratch)
+    rows = scratch.peak.size
+    absorb(geo, table, pool, plan.tables[s, first:end], starts, head, rows, scratch, view)
+    return True
+
+
+@kernel
+def _attend_tail(
+    geo: Any, table: Any, plan: Any, s: int, head: int, scratch: Any, view: Any
+) -> bool:
+    """The tokens that are not sealed. Returns False if there cannot be so many."""
+    scratch.peak[:] = _NEVER
+    n, group = plan.q.shape[1], plan.q.shape[2] // geo.heads
+    if plan.tails.shape[0] == 0 or plan.tail_counts[s] == 0:
+        return True
+    count = plan.tail_counts[s]
+    if count < n or count > BLOCK_SIZE:
+        return False
+    _start(geo, table, plan, s, head, scratch)
+    read_tail(plan.tails[s], head, count, scratch)
+    values = plan.tails[s, 1, :, head, :]
+    for row in range(n * group):
+        query = plan.q[s, row // group, head * group + row % group]
+        seen = count - n + row // group + 1
+        absorb_tail(query, values, seen, scratch, row, view, plan.positions[s] + n - count)
+    return True
+
+
+@kernel
+def _merge_pair(
+    geo: Any, table: Any, plan: Any, s: int, head: int, first: int, chunks: int, parts: Any,
+    found: Any,
+) -> None:  # fmt: skip
+    """Merges items [first, first + chunks), the last one the tail, of every row."""
     mixed, peak, total = parts
     output, largest, log_sum = found
     group = output.shape[2] // geo.heads
-    begin = 0
-    while begin < items.shape[0]:
-        s, head = items[begin, 0], items[begin, 1]
-        end = begin
-        while end < items.shape[0] and items[end, 0] == s and items[end, 1] == head:
-            end += 1
-        for row in range(mixed.shape[1]):
-            i, at = row // group, head * group + row % group
-            top = sinks[at]
-            for item in range(begin, end):
-                top = max(top, peak[item, row])
-            out = output[s, i, at]
-            out[:] = _ZERO
-            largest[s, i, at] = top * _LN2
-            log_sum[s, i, at] = _ZERO
-            if top == _NEVER:
+    tail = first + chunks - 1
+    for row in range(mixed.shape[1]):
+        i, at = row // group, head * group + row % group
+        sink = plan.sinks[at] * LOG2E if plan.sinks.size else _NEVER
+        top = sink
+        for item in range(first, tail + 1):
+            top = max(top, peak[item, row])
+        out = output[s, i, at]
+        out[:] = _ZERO
+        largest[s, i, at] = top * _LN2
+        log_sum[s, i, at] = _ZERO
+        if top == _NEVER:
+            continue
+        weight = _ZERO
+        for item in range(first, tail + 1):
+            if item == tail:  # which is in V's own space
+                unrotate(geo, table, plan.centers[1, head], out, weight)
+            if peak[item, row] == _NEVER:
                 continue
-            weight = _ZERO
-            for item in range(begin, end):
-                if peak[item, row] == _NEVER:
-                    continue
-                share = exp2(peak[item, row] - top)
-                if items[item, 2] < 0:  # the tail, last of all, is in V's own space
-                    unrotate(geo, table, centers[1, head], out, weight)
-                weight += share * total[item, row]
-                for j in range(geo.dim):
-                    out[j] += share * mixed[item, row, j]
-            if items[end - 1, 2] >= 0 or peak[end - 1, row] == _NEVER:
-                unrotate(geo, table, centers[1, head], out, weight)
-            if sinks[at] > _NEVER:
-                weight += exp2(sinks[at] - top)
+            share = exp2(peak[item, row] - top)
+            weight += share * total[item, row]
             for j in range(geo.dim):
-                out[j] /= weight
-            log_sum[s, i, at] = np.log(weight)
-        begin = end
+                out[j] += share * mixed[item, row, j]
+        if sink > _NEVER:
+            weight += exp2(sink - top)
+        for j in range(geo.dim):
+            out[j] /= weight
+        log_sum[s, i, at] = np.log(weight)

@@ -1,7 +1,7 @@
 """What decode attention is asked, checked before anything is computed."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -63,74 +63,81 @@ class Masking:
     sinks: Floats | None = field(default=None)
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """Contiguous, of the types that the kernels are compiled for; None replaced."""
+class Plan(NamedTuple):
+    """Contiguous, of the types that the kernels are compiled for. Empty where None was given."""
 
-    q: Floats
-    tables: npt.NDArray[np.int32]
-    counts: npt.NDArray[np.int64]
-    positions: npt.NDArray[np.int64]
-    starts: npt.NDArray[np.int64]
-    tails: Floats
-    tail_counts: npt.NDArray[np.int64]
+    q: Any
+    tables: Any  # int32
+    counts: Any  # int64, as all that follow but tails
+    positions: Any
+    starts: Any
+    tails: Any
+    tail_counts: Any
+    centers: Any
+    sinks: Any
 
-    @property
-    def arrays(self) -> Any:
-        return self.q, self.tables, self.positions, self.starts, self.tails, self.tail_counts
+
+_REAL, _SHORT, _LONG = (np.dtype(x) for x in (np.float32, np.int32, np.int64))
+_NO_TABLE, _NO_COUNTS = np.zeros((0, 0), np.int64), np.zeros(0, np.int64)
+_NO_TAILS, _NO_SINKS = np.zeros((0,) * 5, np.float32), np.zeros(0, np.float32)
+
+
+def _as(array: npt.NDArray[Any], dtype: "np.dtype[Any]") -> npt.NDArray[Any]:
+    """The array itself if it will do: a call of NumPy costs more than it seems, see decode.py."""
+    if array.dtype == dtype and array.flags.carray:
+        return array
+    return np.require(array, dtype, ["C", "A", "W"])
 
 
 def checked(cache: Cache, queries: Queries, masking: Masking) -> Plan:
+    """Looks at shapes alone; what is in the arrays is checked where it is used."""
     layout, q = cache.layout, queries.q
     heads, dim = layout.num_kv_heads, layout.head_dim
     if q.ndim != 4 or not 1 <= q.shape[1] <= MAX_QUERIES or q.shape[0] < 1:
         raise ValueError(f"q has shape {q.shape}, must be [S, 1..{MAX_QUERIES}, Hq, {dim}]")
-    sequences, n = q.shape[:2]
     if q.shape[2] % heads or not 1 <= q.shape[2] // heads <= MAX_GROUP:
         raise ValueError(f"q has {q.shape[2]} heads, must be 1..{MAX_GROUP} times {heads}")
-    width = queries.tables.shape[-1]
-    none = np.zeros((sequences, 2, BLOCK_SIZE, heads, dim), np.float32)
-    tails = none if queries.tails is None else queries.tails
-    given = queries.tail_counts
-    tail_counts = np.zeros(sequences, np.int64) if given is None else given.astype(np.int64)
-    starts: Integers
-    if queries.starts is None:
-        starts = np.broadcast_to(np.arange(width) * BLOCK_SIZE, (sequences, width))
-    else:
-        starts = queries.starts
-    sinks = masking.sinks
-    for name, found, expected in (
-        ("q", q.shape[3], dim),
-        ("blocks", cache.blocks.shape[1:], (layout.block_bytes,)),
-        ("centers", cache.centers.shape, (2, heads, dim)),
-        ("tables", queries.tables.shape, (sequences, width)),
-        ("counts", queries.counts.shape, (sequences,)),
-        ("positions", queries.positions.shape, (sequences,)),
-        ("starts", starts.shape, (sequences, width)),
-        ("tails", tails.shape, none.shape),
-        ("tail_counts", tail_counts.shape, (sequences,)),
-        ("sinks", q.shape[2:3] if sinks is None else sinks.shape, q.shape[2:3]),
+    if q.shape[3] != dim:
+        raise ValueError(f"q has shape {q.shape}, its vectors must have {dim} elements")
+    sequences, width = q.shape[0], queries.tables.shape[-1]
+    one, tails, starts, sinks = (sequences,), queries.tails, queries.starts, masking.sinks
+    counts = queries.tail_counts
+    for name, array, expected in (
+        ("centers", cache.centers, (2, heads, dim)),
+        ("tables", queries.tables, (sequences, width)),
+        ("counts", queries.counts, one),
+        ("positions", queries.positions, one),
+        ("starts", starts, (sequences, width)),
+        ("tails", tails, (sequences, 2, BLOCK_SIZE, heads, dim)),
+        ("tail_counts", counts, one),
+        ("sinks", sinks, (q.shape[2],)),
     ):
-        if found != expected:
-            raise ValueError(f"{name} has shape {found}, expected {expected}")
-    _check_ranges(cache, queries, tail_counts, width, n)
+        if array is not None and array.shape != expected:
+            raise ValueError(f"{name} has shape {array.shape}, expected {expected}")
+    if cache.blocks.ndim != 2 or cache.blocks.shape[1] != layout.block_bytes:
+        raise ValueError(
+            f"blocks has shape {cache.blocks.shape}, expected [any, {layout.block_bytes}]"
+        )
+    if tails is not None and counts is None:
+        raise ValueError("tails were given and no tail_counts")
     if masking.soft_cap < 0 or masking.window < 0 or masking.kept < 0:
         raise ValueError(f"{masking} has a negative number, 0 turns an option off")
     return Plan(
-        np.ascontiguousarray(q, np.float32),
-        np.ascontiguousarray(queries.tables, np.int32),
-        queries.counts.astype(np.int64),
-        queries.positions.astype(np.int64),
-        np.ascontiguousarray(starts, np.int64),
-        np.ascontiguousarray(tails, np.float32),
-        tail_counts,
+        _as(q, _REAL),
+        _as(queries.tables, _SHORT),
+        _as(queries.counts, _LONG),
+        _as(queries.positions, _LONG),
+        _NO_TABLE if starts is None else _as(starts, _LONG),
+        _NO_TAILS if tails is None else _as(tails, _REAL),
+        _NO_COUNTS if counts is None else _as(counts, _LONG),
+        _as(cache.centers, _REAL),
+        _NO_SINKS if sinks is None else _as(sinks, _REAL),
     )
 
 
-def _check_ranges(
-    cache: Cache, queries: Queries, tail_counts: Integers, width: int, n: int
-) -> None:
-    counts = queries.counts
+def check_ranges(cache: Cache, queries: Queries, n: int) -> None:
+    """Raises ValueError naming what the kernel found to reach outside of its array."""
+    counts, width = queries.counts, queries.tables.shape[1]
     if counts.min() < 0 or counts.max() > width:
         raise ValueError(f"counts are {counts.min()}..{counts.max()}, tables hold {width}")
     used = queries.tables[np.arange(width) < counts[:, None]]
@@ -139,6 +146,6 @@ def _check_ranges(
             f"tables name block {used.min() if used.min() < 0 else used.max()}, "
             f"must be in [0, {len(cache.blocks)})"
         )
-    wrong = tail_counts[(tail_counts != 0) & ((tail_counts < n) | (tail_counts > BLOCK_SIZE))]
-    if wrong.size:
-        raise ValueError(f"a tail has {wrong[0]} tokens, must be 0 or {n}..{BLOCK_SIZE}")
+    tails = _NO_COUNTS if queries.tail_counts is None else queries.tail_counts
+    wrong = tails[(tails != 0) & ((tails < n) | (tails > BLOCK_SIZE))]
+    raise ValueError(f"a tail has {wrong[0]} tokens, must be 0 or {n}..{BLOCK_SIZE}")

@@ -11,7 +11,7 @@ from numba.extending import intrinsic
 from kvmesh.kernels import codebook
 from kvmesh.kernels.cpu import simd
 from kvmesh.kernels.cpu.jit import kernel
-from kvmesh.kernels.cpu.lanes import round_row, round_tile
+from kvmesh.kernels.cpu.lanes import round_row
 
 cgutils: Any = untyped_cgutils
 
@@ -250,16 +250,6 @@ def set_weights(weights: Any, row: int, x: int) -> None:
     first = row * weights.length
     round_row(
         x, weights.length, weights.wide + 2 * first, weights.high + first, weights.low + first,
-        weights.unit + 4 * row, weights.offset + 4 * row,
-    )  # fmt: skip
-
-
-@kernel
-def set_tile(weights: Any, row: int, x: int, scales: int) -> None:
-    """Rounds the products of two fp32 [64] at addresses into a row of that length."""
-    first = row * weights.length
-    round_tile(
-        x, scales, weights.wide + 2 * first, weights.high + first, weights.low + first,
         weights.unit + 4 * row, weights.offset + 4 * row,
     )  # fmt: skip
 

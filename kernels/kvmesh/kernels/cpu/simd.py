@@ -167,18 +167,42 @@ class Avx512(Portable):
 
 
 class Emulated(Avx512):
-    """Avx512's code with its two instructions in generic IR, to run it on any CPU."""
+    """Avx512's code with its two instructions in generic IR, to run it on any CPU.
+
+    Each is a function, which is compiled once: written out wherever the loops have one, they would
+    take LLVM three times as long as all other kernels.
+    """
 
     name = "emulated"
 
     def lookup(self, builder: Any, table: Any, index: Any) -> Any:
-        return Portable.lookup(self, builder, table, index)
+        def emit(inner: Any, table: Any, index: Any) -> Any:
+            return Portable.lookup(self, inner, table, index)
+
+        return _called(builder, "kvmesh_emulated_lookup", emit, [table, index])
 
     def dot(self, builder: Any, total: Any, octets: Any, weights: Any) -> Any:
-        bytes64, wide = ir.VectorType(_I8, 64), ir.VectorType(_I32, 64)
-        u = builder.zext(builder.bitcast(octets, bytes64), wide)
-        w = builder.sext(builder.bitcast(weights, bytes64), wide)
-        return Portable.add(self, builder, [total], u, w)[0]
+        def emit(inner: Any, total: Any, octets: Any, weights: Any) -> Any:
+            bytes64, wide = ir.VectorType(_I8, 64), ir.VectorType(_I32, 64)
+            u = inner.zext(inner.bitcast(octets, bytes64), wide)
+            w = inner.sext(inner.bitcast(weights, bytes64), wide)
+            return Portable.add(self, inner, [total], u, w)[0]
+
+        return _called(builder, "kvmesh_emulated_dot", emit, [total, octets, weights])
+
+
+def _called(builder: Any, name: str, emit: Any, arguments: list[Any]) -> Any:
+    """A call of the module's function of that name, made by emit(builder, *arguments) if new. It
+    returns what its last argument's type is."""
+    function = builder.module.globals.get(name)
+    if function is None:
+        kinds = [argument.type for argument in arguments]
+        function = ir.Function(builder.module, ir.FunctionType(kinds[-1], kinds), name)
+        function.linkage = "linkonce_odr"
+        function.attributes.add("noinline")
+        inner = ir.IRBuilder(function.append_basic_block())
+        inner.ret(emit(inner, *function.args))
+    return builder.call(function, arguments)
 
 
 def _declare(builder: Any, name: str, kind: Any) -> Any:

@@ -16,6 +16,7 @@ from kvmesh.kernels.cpu.simd import ROWS
 from kvmesh.kernels.layout import BLOCK_SIZE, KvLayout, plane_bytes
 
 _LINE = 64  # bytes
+_NEVER = np.float32(-np.inf)
 
 head_bytes = kernel(plane_bytes)
 
@@ -67,8 +68,8 @@ class Places(NamedTuple):
     key_scales: Any  # fp32 [64]
     value_scales: Any  # fp32 [64]
     bias: Any  # fp32 [rows], the query's product with the keys' center
-    peak: Any  # fp32 [rows], largest score so far
-    total: Any  # fp32 [rows], sum of 2^(score - peak)
+    peak: Any  # fp32 [rows, up to a multiple of ROWS], largest score so far
+    total: Any  # the same, sum of 2^(score - peak)
     mixed: Any  # fp32 [rows, dim], the values' sum under those weights
     queries: Any  # Weights of queries [rows, dim]
     mixing: Any  # Weights of values [ROWS, 64]
@@ -148,8 +149,9 @@ def make_scratch(dim: int, rows: int) -> Any:
     """Tiles start as zeros: lanes past a tail's end are computed on, then ignored."""
     most = max(dim, BLOCK_SIZE)
     mixed = np.empty((rows, dim), np.float32)
-    peak, total = np.empty(rows, np.float32), np.empty(rows, np.float32)
-    weights = np.empty((ROWS, BLOCK_SIZE), np.float32)
+    whole = -(-rows // ROWS) * ROWS
+    peak, total = np.full(whole, _NEVER), np.zeros(whole, np.float32)
+    weights = np.zeros((ROWS, BLOCK_SIZE), np.float32)
     arena = np.empty(20 * _LINE + 4 * rows * (dim + 4) + ROWS * most * 12, np.uint8)
     key_scales = _take(arena.ctypes.data + _LINE - 1 - (arena.ctypes.data - 1) % _LINE, 0, 1)
     value_scales = _take(key_scales, BLOCK_SIZE, 4)
@@ -164,38 +166,13 @@ def make_scratch(dim: int, rows: int) -> Any:
         arena,
         places,
         weights[0],
-        peak,
-        total,
+        peak[:rows],
+        total[:rows],
         mixed,
         np.empty((rows, dim), np.float32),
         np.zeros((dim, BLOCK_SIZE), np.float32),
         np.zeros((BLOCK_SIZE, dim), np.float32),
     )
-
-
-@kernel
-def hadamard(x: Any, base: Any) -> None:
-    """Unnormalised Hadamard transform of fp32 [dim], in place; base: rotation.base(dim)."""
-    count = base.shape[0]
-    columns = x.size // count
-    span = 1
-    while span < columns:
-        for start in range(0, x.size, 2 * span):
-            for i in range(start, start + span):
-                low = x[i]
-                high = x[i + span]
-                x[i] = low + high
-                x[i + span] = low - high
-        span *= 2
-    if count > 1:
-        before = np.empty(x.size, np.float32)
-        for i in range(x.size):
-            before[i] = x[i]
-        for i in range(x.size):
-            total = base[i // columns, 0] * before[i % columns]
-            for j in range(1, count):
-                total = total + base[i // columns, j] * before[j * columns + i % columns]
-            x[i] = total
 
 
 @kernel

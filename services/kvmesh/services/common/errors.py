@@ -91,6 +91,9 @@ _BY_CODE: dict[int, type[MeshError]] = {
 }
 
 
+_WRITE_FAILED = "Internal error from Core"  # grpc.aio's own, no server's
+
+
 def status_number(error: MeshError) -> int:
     """The gRPC status code as a number, as kvmesh.v1.RequestError carries it."""
     number: int = error.code.value[0]
@@ -107,8 +110,15 @@ def from_status(code: int, message: str, retry_after_ms: int = 0, reason: str = 
 
 
 def from_rpc(error: grpc.aio.AioRpcError | grpc.Call, peer: str) -> MeshError:
-    """The mesh error behind a failed call to `peer`."""
+    """The mesh error behind a failed call to `peer`.
+
+    A message that is written while the call ends leaves grpc.aio without the call's real status,
+    so that one becomes Unavailable: it may be tried again, and then says what it is
+    (https://github.com/grpc/grpc/issues/36066).
+    """
     code: int = error.code().value[0]
+    if code == grpc.StatusCode.INTERNAL.value[0] and error.details() == _WRITE_FAILED:
+        return Unavailable(f"{peer}: the call ended while a message was written")
     retry_ms, reason = 0, ""
     for key, value in error.trailing_metadata() or ():
         if key == RETRY_AFTER_KEY and str(value).isdigit():

@@ -88,6 +88,7 @@ class RouterCore:
         pairs: list[Candidate] = []
         if query.handover:
             pairs = self._pairs(query, places, output)
+        if pairs:
             _reject_slow_prefill(singles, pairs, self._worth(query, places), self._patience)
         return _decide(query, [*singles, *pairs])
 
@@ -135,12 +136,29 @@ class RouterCore:
         # Any worker can do everything: with no other left, one for prefill generates as well.
         stranded = all(p.load.refused for p in generating)
         found = []
+        alike: dict[tuple[object, ...], Candidate] = {}
         for place in places:
-            candidate = single(self.model, place.load, place.prompt, output)
+            candidate = self._single(place, output, alike)
             if place.load.role == "prefill" and not stranded and not candidate.rejected:
                 candidate.rejected = "role prefill: others generate"
             found.append(candidate)
         return found
+
+    def _single(
+        self, place: Place, output: int, alike: dict[tuple[object, ...], Candidate]
+    ) -> Candidate:
+        """alike: those of this decision, by all that their seconds depend on: of hundreds of
+        workers, most hold nothing of the prompt, and many do nothing."""
+        load, prompt = place.load, place.prompt
+        key = load.estimate, load.running, load.backlog_tokens, prompt.local, prompt.remote
+        known = alike.get(key)
+        if known is None:
+            known = alike[key] = single(self.model, load, prompt, output)
+            return known
+        return Candidate(
+            "", load.member_id, prompt, known.queue_s, known.prefill_s, known.transfer_s,
+            known.decode_s, load.running, load.refused,
+        )  # fmt: skip
 
     def _pairs(self, query: RouteQuery, places: Sequence[Place], output: int) -> list[Candidate]:
         prefills = [place for place in places if place.load.role == "prefill"]

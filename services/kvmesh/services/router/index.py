@@ -8,9 +8,7 @@ the entries a few at a time. So no event, however large the holder, stops the ro
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-from kvmesh.v1 import common_pb2
+from typing import Literal, Protocol
 
 # Measured for CPython 3.11 with 1,000,000 entries: hash table and list node of OrderedDict, a
 # key of 16 bytes, a mask of up to 30 holders.
@@ -18,6 +16,25 @@ BYTES_PER_ENTRY = 176
 SWEEP_STEP = 256  # entries cleaned per call that changes the index
 
 Applied = Literal["ok", "gap", "stale"]
+
+
+class Events(Protocol):
+    """The fields of kvmesh.v1.BlockEvents, which is one."""
+
+    @property
+    def incarnation(self) -> int: ...
+
+    @property
+    def sequence(self) -> int: ...
+
+    @property
+    def snapshot(self) -> bool: ...
+
+    @property
+    def stored(self) -> Sequence[bytes]: ...
+
+    @property
+    def removed(self) -> Sequence[bytes]: ...
 
 
 @dataclass(slots=True)
@@ -94,7 +111,7 @@ class PrefixIndex:
         if known is not None:
             self._drop_bit(known)
 
-    def apply(self, holder: str, events: common_pb2.BlockEvents) -> Applied:
+    def apply(self, holder: str, events: Events) -> Applied:
         """Takes one message of a holder.
 
         gap: a message before this one is missing; nothing is taken until a snapshot comes.

@@ -20,8 +20,6 @@ logger = logging.getLogger(__name__)
 FEED_S = 10.0  # for the text of one step, time for a restart of the tokenizer included
 REOPEN_S = 0.1  # between a stream that broke and the next one
 
-_LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
-
 
 @dataclass(frozen=True, slots=True)
 class NewTokens:
@@ -189,7 +187,8 @@ class DetokenizeStream:
             await self._run_stream()
         except grpc.aio.AioRpcError as error:
             known = from_rpc(error, f"tokenizer at {self._link.address}")
-            return known, error.code() in _LOST
+            lost = isinstance(known, Unavailable) or error.code() is grpc.StatusCode.CANCELLED
+            return known, lost
         except MeshError as error:
             return error, False
         except Exception as error:

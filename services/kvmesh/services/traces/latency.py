@@ -1,10 +1,10 @@
 """Latency over time: a point for each request, percentiles for each stretch of time. Pure."""
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from kvmesh.services.common.percentile import percentile
 from kvmesh.services.traces.summary import TraceSummary
 
 MAX_BINS = 60
@@ -18,11 +18,6 @@ def value_ms(trace: TraceSummary, metric: str) -> float | None:
         return trace.duration_ms
     seconds = trace.ttft_s if metric == "ttft" else trace.tpot_s
     return seconds * 1e3 if seconds is not None else None
-
-
-def percentile(ordered: Sequence[float], percent: float) -> float:
-    """Nearest rank: the least value that so many percent do not exceed. ordered: not empty."""
-    return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)]
 
 
 def latency(traces: Sequence[TraceSummary], metric: str, clock: str) -> dict[str, Any]:
@@ -41,9 +36,9 @@ def latency(traces: Sequence[TraceSummary], metric: str, clock: str) -> dict[str
     for at, value, _ in found:
         bins[int((at - first) / width)].append(value)
     rows = [
-        [first + (number + 0.5) * width, *(percentile(sorted(v), p) for p in PERCENTILES)]
+        [first + (number + 0.5) * width, *(percentile(sorted(v), p / 100) for p in PERCENTILES)]
         for number, v in sorted(bins.items())
     ]
     every = sorted(value for _, value, _ in found)
-    total = {f"p{p}": percentile(every, p) for p in PERCENTILES} if every else {}
+    total = {f"p{p}": percentile(every, p / 100) for p in PERCENTILES} if every else {}
     return {"metric": metric, "clock": clock, "points": found, "bins": rows, "all": total}

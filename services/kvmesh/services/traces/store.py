@@ -1,4 +1,4 @@
-"""Spans in one SQLite file, bounded by age and by bytes. One writer, any number of readers."""
+"""Spans in one SQLite file, bounded by age and by bytes. One writer, here; readers in reader.py."""
 
 import json
 import sqlite3
@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvmesh.services.traces.query import MAX_LIMIT, Filter
-from kvmesh.services.traces.spans import SIMULATED, Span
-from kvmesh.services.traces.summary import ROUTER_SERVICE, Part, TraceSummary
+from kvmesh.services.traces.summary import Part
 
 SCHEMA_VERSION = 1
 BUSY_S = 2.0  # that a writer waits for a reader's lock
@@ -38,22 +36,26 @@ CREATE INDEX IF NOT EXISTS links_back ON links (linked);
 CREATE TABLE IF NOT EXISTS counters (name TEXT PRIMARY KEY, value INTEGER) WITHOUT ROWID;
 """
 
-_ROOT = (
+# Of the span that a trace is named by: its root, or the best of those that came so far.
+ROOT_COLUMNS = (
     "name", "service", "model", "tenant", "ttft_s", "tpot_s",
     "input_tokens", "cached_tokens", "output_tokens", "cost_usd",
 )  # fmt: skip
 _BETTER = "(excluded.has_parent, excluded.root_ns) < (traces.has_parent, traces.root_ns)"
+_ROOT_UPDATE = ", ".join(
+    f"{c} = CASE WHEN {_BETTER} THEN excluded.{c} ELSE traces.{c} END" for c in ROOT_COLUMNS
+)
 _INSERT = "INSERT OR IGNORE INTO spans VALUES (?, ?, ?)"
 _UPSERT = f"""
 INSERT INTO traces (trace_id, start_ns, end_ns, num_spans, num_simulated, errors, num_bytes,
-    has_parent, root_ns, {", ".join(_ROOT)})
-VALUES ({", ".join("?" * (9 + len(_ROOT)))})
+    has_parent, root_ns, {", ".join(ROOT_COLUMNS)})
+VALUES ({", ".join("?" * (9 + len(ROOT_COLUMNS)))})
 ON CONFLICT (trace_id) DO UPDATE SET
     start_ns = min(start_ns, excluded.start_ns), end_ns = max(end_ns, excluded.end_ns),
     num_spans = num_spans + excluded.num_spans,
     num_simulated = num_simulated + excluded.num_simulated,
     errors = errors + excluded.errors, num_bytes = num_bytes + excluded.num_bytes,
-    {", ".join(f"{c} = CASE WHEN {_BETTER} THEN excluded.{c} ELSE traces.{c} END" for c in _ROOT)},
+    {_ROOT_UPDATE},
     has_parent = CASE WHEN {_BETTER} THEN excluded.has_parent ELSE has_parent END,
     root_ns = CASE WHEN {_BETTER} THEN excluded.root_ns ELSE root_ns END
 """
@@ -178,134 +180,7 @@ class SpanStore:
         return int(self._db.execute(query).fetchone()[0] or 0)
 
 
-class SpanReader:
-    """Reads a store, also while it is written. Raises FileNotFoundError if there is none."""
-
-    def __init__(self, path: Path) -> None:
-        if not path.exists():
-            raise FileNotFoundError(path)
-        self._db = sqlite3.connect(path, timeout=BUSY_S, check_same_thread=False)
-        self._db.execute("PRAGMA query_only = ON")
-        self._db.row_factory = sqlite3.Row
-
-    def __enter__(self) -> "SpanReader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def newest(self, wanted: Filter, limit: int) -> list[TraceSummary]:
-        """The newest traces that fit, newest first."""
-        where, values = wanted.where()
-        rows = self._db.execute(
-            "SELECT t.*, (SELECT group_concat(member, char(10)) FROM members m "
-            "WHERE m.trace_id = t.trace_id) AS members FROM traces t "
-            f"WHERE {where} ORDER BY t.start_ns DESC LIMIT ?",
-            [*values, max(1, min(limit, MAX_LIMIT))],
-        )
-        return [_summary(row) for row in rows]
-
-    def spans(self, trace_id: str) -> list[Span]:
-        """All spans of one trace; empty if it is not there."""
-        rows = self._db.execute("SELECT record FROM spans WHERE trace_id = ?", [trace_id])
-        return [Span(**json.loads(row["record"])) for row in rows]
-
-    def find(self, wanted: str) -> str:
-        """The id of the `last` request, or of the one trace whose id begins so.
-
-        Raises LookupError, which names the candidates, if none or several fit.
-        """
-        if wanted == "last":
-            newest = self.newest(Filter(), 1)
-            if not newest:
-                raise LookupError("no request is stored yet")
-            return self._measured(newest[0]).trace_id
-        low = wanted.lower()
-        rows = self._db.execute(
-            "SELECT trace_id FROM traces WHERE substr(trace_id, 1, ?) = ? LIMIT 6", [len(low), low]
-        ).fetchall()
-        ids = sorted(row["trace_id"] for row in rows)
-        if not ids:
-            raise LookupError(f"no trace {wanted}")
-        if len(ids) > 1:
-            raise LookupError(f"{wanted} fits several traces: {', '.join(ids[:5])}")
-        return str(ids[0])
-
-    def linked(self, trace_id: str) -> list[TraceSummary]:
-        """Traces that this one links to, or that link to it."""
-        rows = self._db.execute(
-            "SELECT linked AS id FROM links WHERE trace_id = ? "
-            "UNION SELECT trace_id FROM links WHERE linked = ?",
-            [trace_id, trace_id],
-        ).fetchall()
-        return [s for row in rows if (s := self.summary(row["id"])) and row["id"] != trace_id]
-
-    def _measured(self, trace: TraceSummary) -> TraceSummary:
-        """The same request by the wall clock, whose trace has all its legs; or the trace itself."""
-        if trace.clock != SIMULATED:
-            return trace
-        twins = [each for each in self.linked(trace.trace_id) if each.clock != SIMULATED]
-        return twins[0] if twins else trace
-
-    def simulated(self, trace_id: str) -> str:
-        """The id of the same request by its simulated devices' clocks, be it this one's own.
-
-        Raises LookupError if it has none.
-        """
-        own = self.summary(trace_id)
-        for trace in [*([own] if own is not None else []), *self.linked(trace_id)]:
-            if trace.clock == SIMULATED:
-                return trace.trace_id
-        raise LookupError(f"trace {trace_id} has no simulated times: its devices are measured")
-
-    def summary(self, trace_id: str) -> TraceSummary | None:
-        row = self._db.execute(
-            "SELECT t.*, (SELECT group_concat(member, char(10)) FROM members m "
-            "WHERE m.trace_id = t.trace_id) AS members FROM traces t WHERE t.trace_id = ?",
-            [trace_id],
-        ).fetchone()
-        return _summary(row) if row is not None else None
-
-    def facets(self) -> dict[str, list[str]]:
-        """What there is to filter by."""
-        found = {
-            column: self._db.execute(
-                f"SELECT DISTINCT {column} AS v FROM traces WHERE {column} != '' ORDER BY 1"
-            ).fetchall()
-            for column in ("model", "tenant")
-        }
-        found["service"] = self._db.execute(
-            "SELECT DISTINCT service AS v FROM members WHERE service != '' ORDER BY 1"
-        ).fetchall()
-        return {name: [row["v"] for row in rows] for name, rows in found.items()}
-
-    def num_spans(self) -> int:
-        return int(self._db.execute("SELECT coalesce(sum(num_spans), 0) FROM traces").fetchone()[0])
-
-    def counters(self) -> dict[str, int]:
-        return {row["name"]: row["value"] for row in self._db.execute("SELECT * FROM counters")}
-
-    def close(self) -> None:
-        self._db.close()
-
-
 def _columns(trace_id: str, part: Part) -> tuple[Any, ...]:
     head = (trace_id, part.start_ns, part.end_ns, part.num_spans, part.num_simulated)
     rank = (part.errors, part.num_bytes, int(part.rank[0]), part.rank[1])
-    return (*head, *rank, *(part.root[column] for column in _ROOT))
-
-
-def _summary(row: sqlite3.Row) -> TraceSummary:
-    mixed = 0 < row["num_simulated"] < row["num_spans"]
-    clock = "mixed" if mixed else "simulated" if row["num_simulated"] else "measured"
-    return TraceSummary(
-        trace_id=row["trace_id"],
-        start_ns=row["start_ns"],
-        duration_ms=(row["end_ns"] - row["start_ns"]) / 1e6,
-        num_spans=row["num_spans"],
-        members=tuple(sorted(set((row["members"] or "").split("\n")))),
-        errors=row["errors"],
-        is_request=row["service"] == ROUTER_SERVICE,
-        clock=clock,
-        **{column: row[column] for column in _ROOT},
-    )
+    return (*head, *rank, *(part.root[column] for column in ROOT_COLUMNS))

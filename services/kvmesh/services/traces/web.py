@@ -18,7 +18,7 @@ from starlette.staticfiles import StaticFiles
 from kvmesh.services.traces.export import chrome_json, otlp_json
 from kvmesh.services.traces.latency import METRICS, latency
 from kvmesh.services.traces.query import MAX_LIMIT, Filter
-from kvmesh.services.traces.store import SpanReader
+from kvmesh.services.traces.reader import SpanReader
 from kvmesh.services.traces.view import trace_view
 
 PAGE = Path(__file__).parent / "page"

@@ -8,103 +8,28 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 
-from kvmesh.backends.base import BlockPool, DeviceInfo, Estimate, Model, Segment
+from kvmesh.backends.base import DeviceInfo, Model, Segment
 from kvmesh.kernels.errors import BlockError
 from kvmesh.kernels.layout import BLOCK_SIZE
 from kvmesh.services.common.errors import MeshError
 from kvmesh.services.kvcache.client import SealedBlock
-from kvmesh.services.worker.blocks import CacheEvents
 from kvmesh.services.worker.device_use import DeviceMeter, StepPart
-from kvmesh.services.worker.limits import Counters, Limits, Planned
+from kvmesh.services.worker.limits import Limits, Planned
+from kvmesh.services.worker.outcome import Exported, FetchWish, Load, Outcome
+from kvmesh.services.worker.pace import Pace
 from kvmesh.services.worker.sampler import sample
 from kvmesh.services.worker.scheduler import Scheduler
-from kvmesh.services.worker.sequence import (
-    Fetched,
-    Sequence,
-    State,
-    Tail,
-    Update,
-    Work,
-)
+from kvmesh.services.worker.sequence import Fetched, Sequence, State, Tail, Work
 from kvmesh.services.worker.timeline import TransferTime
+from kvmesh.services.worker.verified_pool import VerifiedPool
 from kvmesh.services.worker.virtual import VirtualClock
 
 logger = logging.getLogger(__name__)
 
 EXPORT_BLOCKS = 16  # copied out per step; more would hold up those that decode
 ESTIMATE_EVERY_S = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """How busy the engine is; the fields of kvmesh.v1.LoadReport."""
-
-    running: int
-    waiting: int
-    pending_prefill_tokens: int
-    blocks_total: int
-    blocks_free: int
-    estimate: Estimate
-    counters: Counters
-
-
-@dataclass(frozen=True, slots=True)
-class FetchWish:
-    """Blocks [first, first + len(keys)) of a sequence are not here; then call `fetched`."""
-
-    work: Work
-    first: int
-    keys: tuple[bytes, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Exported:
-    """Sealed blocks for the shards. tail: of a hand-over, whose last export this then is."""
-
-    work: Work
-    blocks: tuple[SealedBlock, ...]
-    handover: bool = False
-    tail: Tail | None = None
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What a step, or a round of exports, brought. Each part in the order it happened."""
-
-    load: Load
-    events: CacheEvents
-    updates: list[Update] = field(default_factory=list)
-    refusals: list[tuple[int, MeshError]] = field(default_factory=list)  # ticket, why
-    wishes: list[FetchWish] = field(default_factory=list)
-    exports: list[Exported] = field(default_factory=list)
-
-
-class VerifiedPool:
-    """The scheduler's view of a pool: a block that does not verify is an answer, no exception."""
-
-    def __init__(self, pool: BlockPool) -> None:
-        self._pool = pool
-
-    def verify(self, block: int) -> bool:
-        return _verifies(partial(self._pool.verify_block, block))
-
-    def import_block(self, block: int, data: bytes) -> bool:
-        return _verifies(partial(self._pool.import_block, block, data))
-
-    def import_tail(self, slot: int, num_tokens: int, data: bytes) -> bool:
-        return _verifies(partial(self._pool.import_tail, slot, num_tokens, data))
-
-
-def _verifies(call: Callable[[], None]) -> bool:
-    try:
-        call()
-    except BlockError as error:
-        logger.warning("cached K and V are computed again: %s", error)
-        return False
-    return True
 
 
 class Engine:
@@ -130,8 +55,10 @@ class Engine:
         self._stopped = False
         self._refusals: list[tuple[int, MeshError]] = []
         self._wishes: list[FetchWish] = []
-        self._estimate = model.estimate()
+        self._estimate = self._told = model.estimate()
         self._estimate_at = clock()
+        # A simulated device's clock does not run while this loop works.
+        self._pace = None if model.device.simulated else Pace(self._estimate, clock())
         self._meter = DeviceMeter(model.device.simulated, clock())
         self._virtual = _virtual_clock(model.device)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -182,6 +109,8 @@ class Engine:
                     self._step(plan)
                 self._report(stepped=bool(plan))
                 self._export()
+                if plan and self._pace is not None:
+                    self._pace.stepped(plan, self._clock())
             except Exception:
                 logger.exception("unexpected error in the engine; all its requests end")
                 self._fail(list(self._scheduler.active))
@@ -196,6 +125,8 @@ class Engine:
                 if left is not None and left <= 0:
                     break
                 self._wake.wait(left)
+                if self._pace is not None:
+                    self._pace.woke(self._clock())
             return not self._stopped
 
     def _step(self, plan: list[Planned]) -> None:
@@ -324,6 +255,7 @@ class Engine:
         now = self._clock()
         if now - self._estimate_at >= ESTIMATE_EVERY_S:
             self._estimate, self._estimate_at = self._model.estimate(), now
+            self._told = self._estimate if self._pace is None else self._pace.estimate()
         scheduler = self._scheduler
         return Load(
             running=scheduler.num_running,
@@ -331,7 +263,7 @@ class Engine:
             pending_prefill_tokens=scheduler.pending_prefill_tokens,
             blocks_total=scheduler.cache.num_blocks,
             blocks_free=scheduler.cache.available,
-            estimate=self._estimate,
+            estimate=self._told,
             counters=scheduler.counters.copy(),
         )
 

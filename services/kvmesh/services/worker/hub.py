@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from opentelemetry import trace
 from opentelemetry.trace import Status, StatusCode
@@ -18,7 +18,7 @@ from kvmesh.services.common import names
 from kvmesh.services.common.errors import Expired, InvalidRequest, MeshError, Unavailable
 from kvmesh.services.common.telemetry import Telemetry, context_of, extract, inject
 from kvmesh.services.worker.constraint import GrammarMatcher, Grammars
-from kvmesh.services.worker.engine import Engine, Exported, FetchWish, Load, Outcome
+from kvmesh.services.worker.engine import Engine
 from kvmesh.services.worker.limits import Limits
 from kvmesh.services.worker.messages import (
     Receipt,
@@ -29,7 +29,9 @@ from kvmesh.services.worker.messages import (
     token_update,
 )
 from kvmesh.services.worker.outbox import Outbox
-from kvmesh.services.worker.sequence import Fetched, Finish, Sequence, Tail, Update, Work
+from kvmesh.services.worker.outcome import Exported, FetchWish, Load, Outcome
+from kvmesh.services.worker.sequence import Fetched, Finish, Tail, Update, Work
+from kvmesh.services.worker.session import Request, Session
 from kvmesh.services.worker.spans import RequestSpans
 from kvmesh.services.worker.tails import KeptTails
 from kvmesh.services.worker.transfer import Transfer
@@ -37,35 +39,7 @@ from kvmesh.v1 import worker_pb2
 
 logger = logging.getLogger(__name__)
 
-PROBE_ID = "probe"
-PROBE_S = 120.0  # a first step may compile kernels
 COMPILE_S = 5.0  # for an output constraint; it takes milliseconds unless the machine is busy
-
-
-@dataclass(slots=True, eq=False)
-class Request:
-    """One request that has not ended.
-
-    submitted: the engine has it; before, its constraint is being compiled.
-    prefilled: its sequence, once that ended as a hand-over that is still to be completed.
-    task: compiles or fetches for it, or completes its hand-over.
-    """
-
-    ticket: int
-    request_id: str
-    session: "Session"
-    span: trace.Span
-    submitted: bool = False
-    prefilled: Sequence | None = None
-    task: asyncio.Task[None] | None = None
-
-
-class Session:
-    """One router's stream: what it is to be told, and its requests that have not ended."""
-
-    def __init__(self, outbox: Outbox) -> None:
-        self.outbox = outbox
-        self.requests: dict[str, Request] = {}
 
 
 class Hub:
@@ -100,25 +74,6 @@ class Hub:
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self.engine.start()
-
-    async def probe(self) -> None:
-        """Really generates one token. Raises the MeshError that prevented it."""
-        session = Session(Outbox(self._incarnation, []))
-        spec = self.spec
-        token = spec.bos_token_id if spec.bos_token_id is not None else 0
-        submit = worker_pb2.Submit(request_id=PROBE_ID, token_ids=[token], num_prompt_tokens=1)
-        submit.sampling.max_tokens = 1
-        self.submit(session, submit)
-        tokens = 0
-        async with asyncio.timeout(PROBE_S):
-            while True:
-                message = await session.outbox.next()
-                for update in message.updates if message is not None else ():
-                    tokens += len(update.token_ids)
-                    if update.HasField("error"):
-                        raise MeshError(f"the probe token failed: {update.error.message}")
-                    if update.finish_reason and tokens:
-                        return
 
     def open(self) -> Session:
         """A new stream; everything that happens from now on is in its outbox."""

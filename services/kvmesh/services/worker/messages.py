@@ -8,7 +8,7 @@ from kvmesh.services.common.addresses import is_address
 from kvmesh.services.common.errors import InvalidRequest, MeshError, status_number
 from kvmesh.services.common.sampling import check_sampling
 from kvmesh.services.kvcache.keys import root_key
-from kvmesh.services.worker.engine import Load
+from kvmesh.services.worker.outcome import Load
 from kvmesh.services.worker.sampler import Logprob
 from kvmesh.services.worker.sequence import Finish, Sequence, Update, Work
 from kvmesh.services.worker.timeline import SimulatedTrace, TransferTime

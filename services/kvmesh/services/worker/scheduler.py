@@ -11,7 +11,8 @@ from collections.abc import Sequence as Listed
 from kvmesh.kernels.layout import BLOCK_SIZE
 from kvmesh.services.common.errors import Expired, MeshError, Overloaded
 from kvmesh.services.worker.adoption import Adoption, PoolPort
-from kvmesh.services.worker.blocks import BlockCache
+from kvmesh.services.worker.exports import Exports
+from kvmesh.services.worker.holdings import Holdings
 from kvmesh.services.worker.limits import Counters, Limits, Planned
 from kvmesh.services.worker.sampler import Logprob, Sampled
 from kvmesh.services.worker.sequence import Fetched, Finish, Sequence, State, Update, Work
@@ -22,14 +23,14 @@ class Scheduler:
 
     def __init__(self, limits: Limits, pool: PoolPort) -> None:
         self.limits = limits
-        self.cache = BlockCache(limits.num_blocks)
+        self._holdings = Holdings(limits)
+        self.cache = self._holdings.cache
         self.counters = Counters()
         self._pool = pool
-        self._slots = list(range(min(limits.slots, limits.step_tokens) - 1, -1, -1))
         self._active: dict[Sequence, None] = {}  # all that have not ended
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # oldest first
-        self._leaving: dict[Sequence, None] = {}  # ended; their blocks are still to be exported
+        self._exports = Exports(self._holdings)
         self._adoptions: dict[Sequence, Adoption] = {}
         self._updates: list[Update] = []
         self._arrivals = 0
@@ -49,7 +50,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Whether a step could do something now; fetching sequences wait for others."""
-        return bool(self._running or self._waiting or self._leaving or self._updates)
+        return bool(self._running or self._waiting or self._exports.leaving or self._updates)
 
     @property
     def active(self) -> tuple[Sequence, ...]:
@@ -142,7 +143,7 @@ class Scheduler:
             sequence.steps += 1
             if step.count > 1 or not sequence.generated:
                 self.counters.tokens_prefilled += step.count
-            self._seal(sequence, step.start // BLOCK_SIZE, block_seal_s)
+            self._holdings.seal(sequence, step.start // BLOCK_SIZE, block_seal_s)
             if step.want_logits:
                 self._take(sequence, next(results), now)
 
@@ -153,7 +154,7 @@ class Scheduler:
         is pre-empted and none that waits finds room, if nothing is submitted meanwhile. width: most
         tokens of a sequence per step.
         """
-        if self._adoptions or self._leaving:
+        if self._adoptions or self._exports.leaving:
             return 1
         for step in plan:
             if step.count > 1 or not step.want_logits:
@@ -187,7 +188,7 @@ class Scheduler:
             sequence.computed += len(said)
             sequence.steps += steps
             finish = self._say(sequence, said, (), now)
-            self._seal(sequence, step.start // BLOCK_SIZE, 0.0)
+            self._holdings.seal(sequence, step.start // BLOCK_SIZE, 0.0)
             if finish is not None:
                 self._finished(sequence, finish, now)
 
@@ -201,27 +202,15 @@ class Scheduler:
 
         The caller exports them before the next `plan`, then calls `settle`.
         """
-        chosen: list[tuple[Sequence, int]] = []
-        for sequence in (*self._leaving, *self._running):
-            whole = sequence.finish is Finish.HANDOVER
-            stop = self._export_stop(sequence)
-            while sequence.next_export < stop and (whole or len(chosen) < budget):
-                if self.cache.share(sequence.key(sequence.next_export)):
-                    chosen.append((sequence, sequence.next_export))
-                sequence.next_export += 1
-        return chosen
+        return self._exports.choose(self._running, budget)
 
     def handovers(self) -> list[Sequence]:
         """Ended prefills whose tail is still in its slot; after `settle` it no longer is."""
-        return [s for s in self._leaving if s.finish is Finish.HANDOVER]
+        return self._exports.handovers
 
     def settle(self, force: bool = False) -> None:
         """Frees what ended sequences held for exports that are done, or with `force` given up."""
-        for sequence in list(self._leaving):
-            if force:
-                self._leave(sequence)
-            else:
-                self._free_if_exported(sequence)
+        self._exports.settle(force)
 
     def corrupt(self, block: int) -> None:
         """A sealed block does not verify: nobody may attend to it any more."""
@@ -229,19 +218,12 @@ class Scheduler:
         self.cache.forget(block)
         for sequence in [s for s in self._running if block in s.blocks]:
             self._preempt(sequence)
-        for sequence in [s for s in self._leaving if block in s.blocks]:
-            self._leave(sequence)
+        for sequence in [s for s in self._exports.leaving if block in s.blocks]:
+            self._exports.give_up(sequence)
 
     def check_integrity(self) -> None:
         """Raises AssertionError naming what does not fit together."""
-        self.cache.check_integrity()
-        holders = [*self._running, *self._leaving]
-        slots = [s.slot for s in holders if s.slot is not None] + self._slots
-        assert len(slots) == len(set(slots)), "a slot is used twice"
-        total = min(self.limits.slots, self.limits.step_tokens)
-        assert len(slots) == total, f"{len(slots)} of {total} slots"
-        held = sum(len(s.blocks) for s in holders)
-        assert self.cache.num_references == held, "references without a holder"
+        self._holdings.check_integrity((*self._running, *self._exports.leaving))
 
     def _expire(self, now: float) -> None:
         for sequence in list(self._active):
@@ -253,10 +235,7 @@ class Scheduler:
     def _admit(self, now: float) -> None:
         while (local := self._room_for_next()) is not None:
             sequence = self._waiting.popleft()
-            fresh = sequence.blocks_to_run - len(local)
-            self.cache.acquire(local)
-            sequence.hold(local + self.cache.allocate(fresh))
-            sequence.slot = self._slots.pop()
+            self._holdings.give(sequence, local)
             sequence.state = State.RUNNING
             self._running.append(sequence)
             self._running.sort(key=lambda s: s.order)
@@ -266,12 +245,7 @@ class Scheduler:
 
     def _room_for_next(self) -> list[int] | None:
         """The cached blocks that the next one to admit would share; None if it cannot run now."""
-        if not self._waiting or not self._slots:
-            return None
-        sequence = self._waiting[0]
-        local = self.cache.match(sequence.usable_keys)
-        fresh = sequence.blocks_to_run - len(local)
-        return local if self.cache.can_allocate(fresh, keeping=local) else None
+        return self._holdings.room_for(self._waiting[0]) if self._waiting else None
 
     def _adopt(self) -> None:
         budget = self.limits.adopt_blocks
@@ -315,9 +289,7 @@ class Scheduler:
         if sequence.computed < len(sequence.blocks) * BLOCK_SIZE:
             return True
         while not self.cache.can_allocate(1):
-            dispensable = next((s for s in self._leaving if s.finish is not Finish.HANDOVER), None)
-            if dispensable is not None:
-                self._leave(dispensable)
+            if self._exports.give_up_one():
                 continue
             youngest = self._running[-1]
             self.counters.preemptions += 1
@@ -330,7 +302,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
         self._adoptions.pop(sequence, None)
-        self._free(sequence)
+        self._holdings.free(sequence)
         sequence.computed = 0
         sequence.state = State.WAITING
         self._waiting.appendleft(sequence)
@@ -356,37 +328,11 @@ class Scheduler:
         self._updates.append(Update(sequence, tuple(tokens), logprobs, first, finish))
         return finish
 
-    def _seal(self, sequence: Sequence, first: int, block_s: float) -> None:
-        """Makes its blocks from `first` on known that are computed in full."""
-        stop = sequence.computed // BLOCK_SIZE
-        if stop > first:
-            self.cache.seal_all(sequence.blocks[first:stop], sequence.keys(first, stop))
-            sequence.note_seals(stop - first, block_s * (stop - first))
-
     def _finished(self, sequence: Sequence, finish: Finish, now: float) -> None:
         self._running.remove(sequence)
         del self._active[sequence]
         sequence.end(finish, now)
-        self._leaving[sequence] = None
-        if finish is not Finish.HANDOVER:
-            self._free_if_exported(sequence)
-
-    def _free_if_exported(self, sequence: Sequence) -> None:
-        if sequence.next_export >= self._export_stop(sequence):
-            self._leave(sequence)
-
-    def _leave(self, sequence: Sequence) -> None:
-        del self._leaving[sequence]
-        self._free(sequence)
-
-    def _export_stop(self, sequence: Sequence) -> int:
-        """The index after the last block that may be exported now."""
-        if not sequence.work.shards or not sequence.generated:
-            return 0
-        sealed = sequence.computed // BLOCK_SIZE
-        if sequence.finish is not None:
-            return sealed
-        return min(sealed, sequence.work.num_prompt // BLOCK_SIZE)
+        self._exports.leave(sequence)
 
     def _abort(
         self, sequence: Sequence, finish: Finish, error: MeshError | None, now: float
@@ -396,19 +342,12 @@ class Scheduler:
         if sequence.state is State.RUNNING:
             self._running.remove(sequence)
             self._adoptions.pop(sequence, None)
-            self._free(sequence)
+            self._holdings.free(sequence)
         elif sequence.state is State.WAITING:
             self._waiting.remove(sequence)
         del self._active[sequence]
         sequence.end(finish, now)
         self._updates.append(Update(sequence, finish=finish, error=error))
-
-    def _free(self, sequence: Sequence) -> None:
-        self.cache.release(sequence.blocks)
-        sequence.blocks = []
-        if sequence.slot is not None:
-            self._slots.append(sequence.slot)
-            sequence.slot = None
 
 
 def _blocks(tokens: int) -> int:

@@ -22,6 +22,7 @@ from kvmesh.services.worker.hub import Hub
 from kvmesh.services.worker.limits import Limits
 from kvmesh.services.worker.messages import model_info
 from kvmesh.services.worker.metrics import show_worker
+from kvmesh.services.worker.probe import probe
 from kvmesh.services.worker.servicer import WorkerServicer
 from kvmesh.services.worker.transfer import Transfer
 from kvmesh.v1 import mesh_pb2, worker_pb2_grpc
@@ -162,7 +163,7 @@ class WorkerService:
         show_worker(context.meters, hub, self._transfer)
         hub.grammars = grammars
         hub.start()
-        await hub.probe()
+        await probe(hub)
         self._servicer.serve(hub, model.device)
         self._servicer.probed = True
         if context.mesh_address:

@@ -7,8 +7,9 @@ from typing import Any
 
 from kvmesh.backends.base import DeviceInfo
 from kvmesh.services.common.errors import NotFound, Unavailable
-from kvmesh.services.worker.hub import Hub, Session
+from kvmesh.services.worker.hub import Hub
 from kvmesh.services.worker.messages import block_format, model_info
+from kvmesh.services.worker.session import Session
 from kvmesh.v1 import worker_pb2, worker_pb2_grpc
 
 

@@ -20,8 +20,8 @@ from kvmesh.services.common.errors import MeshError, NotFound
 from kvmesh.services.common.telemetry import Telemetry, extract
 from kvmesh.services.kvcache.client import KvCacheClient
 from kvmesh.services.worker.client import WorkerClient
-from kvmesh.services.worker.engine import Exported, FetchWish
 from kvmesh.services.worker.messages import block_format
+from kvmesh.services.worker.outcome import Exported, FetchWish
 from kvmesh.services.worker.sequence import Fetched, Tail, Work
 from kvmesh.v1 import worker_pb2
 
