@@ -12,18 +12,19 @@ from kvmesh.cli.render import console, print_json, print_table
 
 if TYPE_CHECKING:
     from kvmesh.integration.bench_edge import EdgeRow
+    from kvmesh.integration.estimate import Estimate
 
 Concurrency = Annotated[str, typer.Option(help="Requests in flight, comma-separated.")]
-Rounds = Annotated[int, typer.Option(min=1, help="Rounds of each; medians are shown.")]
-Requests = Annotated[int, typer.Option(min=1, help="Requests of a round, on each side.")]
+Requests = Annotated[
+    int, typer.Option(min=1, help="Requests over each side, in pairs of as many as are in flight.")
+]
 
 
 @command
 async def edge(
     config: ConfigFile = None,
     concurrency: Concurrency = "1,4,16",
-    requests: Requests = 16,
-    rounds: Rounds = 9,
+    requests: Requests = 256,
     json: Json = False,
 ) -> None:
     """TTFT and cost of a token over HTTP, beside direct gRPC, in one run on one mesh.
@@ -47,11 +48,10 @@ async def edge(
         EdgePlan(),
         concurrency=tuple(int(part) for part in concurrency.split(",")),
         requests=requests,
-        rounds=rounds,
     )
     with (
         tempfile.TemporaryDirectory(prefix="kvmesh-bench-") as folder,
-        progress_bar("bench", len(plan.concurrency) * plan.rounds, hidden=json) as advance,
+        progress_bar("bench", sum(map(plan.pairs, plan.concurrency)), hidden=json) as advance,
     ):
         rows = await bench_edge(ready, plan, Path(folder), advance)
     machine = describe_machine()
@@ -65,8 +65,9 @@ async def edge(
 
 def _table(rows: "list[EdgeRow]") -> None:
     columns = (
-        ">in flight", ">gRPC TTFT p50", ">HTTP TTFT p50", ">added",
-        ">gRPC token", ">HTTP token", ">added", ">edge CPU", ">clients' CPU",
+        ">in flight", ">pairs", ">TTFT p50: gRPC, HTTP", ">added, 95 % interval",
+        ">token: gRPC, HTTP", ">added, 95 % interval", ">mesh's CPU: gRPC, HTTP",
+        ">added, 95 % interval", ">edge's CPU", ">clients' CPU",
     )  # fmt: skip
     print_table(
         "",
@@ -74,15 +75,23 @@ def _table(rows: "list[EdgeRow]") -> None:
         [
             (
                 row.concurrency,
-                f"{row.grpc.ttft_p50_ms:.2f} ms",
-                f"{row.http.ttft_p50_ms:.2f} ms",
-                f"{row.added_ttft_p50_ms:+.2f} ms",
-                f"{row.grpc.token_us:.0f} us",
-                f"{row.http.token_us:.0f} us",
-                f"{row.added_token_percent:+.1f} %",
+                row.pairs,
+                f"{row.grpc.ttft_p50_ms:.2f}, {row.http.ttft_p50_ms:.2f} ms",
+                _added(row.added_ttft_ms, "ms", 2),
+                f"{row.grpc.token_us:.0f}, {row.http.token_us:.0f} us",
+                _added(row.added_token_percent, "%", 1),
+                "" if row.edge_us is None else f"{row.grpc.mesh_us:.0f}, {row.http.mesh_us:.0f} us",
+                _added(row.added_cpu_percent, "%", 1),
                 "" if row.edge_us is None else f"{row.edge_us:.0f} us",
                 f"{row.grpc.client_us:.0f}, {row.http.client_us:.0f} us",
             )
             for row in rows
         ],
     )
+
+
+def _added(found: "Estimate | None", unit: str, digits: int) -> str:
+    if found is None:
+        return ""
+    low, high = (f"{value:+.{digits}f}" for value in (found.low, found.high))
+    return f"{found.value:+.{digits}f} {unit} ({low} to {high})"
