@@ -132,8 +132,10 @@ class _Bench:
     def close(self) -> None:
         for _, writer in self._connections:
             writer.close()
+        self._connections.clear()
 
     async def row(self, concurrency: int, on_pair: Callable[[], None]) -> EdgeRow:
+        self.close()  # the edge may have closed those that waited for long
         direct: list[_Round] = []
         http: list[_Round] = []
         for number in range(self._plan.pairs(concurrency)):
