@@ -21,7 +21,7 @@ install: $(VENV)/installed
 # The kernels first: else each of the two processes would compile what both need.
 test: $(VENV)/installed-dev
 	$(BIN)/python -m kvmesh.kernels.cpu.warm
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
