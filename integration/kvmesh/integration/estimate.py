@@ -33,7 +33,8 @@ def percent_more(base: Sequence[float], other: Sequence[float]) -> Estimate:
 
     def figure(samples: Values) -> Values:
         sums = samples.sum(axis=-2)
-        return 100.0 * (sums[..., 1] / sums[..., 0] - 1.0)
+        more: Values = 100.0 * (sums[..., 1] / sums[..., 0] - 1.0)
+        return more
 
     return _estimate(pairs, figure)
 
