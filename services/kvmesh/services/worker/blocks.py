@@ -19,9 +19,6 @@ class CacheEvents:
     removed: tuple[bytes, ...]
 
 
-_NO_EVENTS = CacheEvents((), ())
-
-
 class BlockCache:
     """Ids 0..num_blocks-1 with reference counts and the keys of sealed ones."""
 
@@ -58,10 +55,9 @@ class BlockCache:
 
     def acquire(self, ids: Sequence[int]) -> None:
         """One more reference to each; cached ones can then no longer be evicted."""
-        unused, references = self._unused, self._references
         for block in ids:
-            unused.pop(block, None)
-            references[block] += 1
+            self._unused.pop(block, None)
+            self._references[block] += 1
 
     def allocate(self, count: int) -> list[int]:
         """New blocks with one reference each, evicting if it must.
@@ -74,11 +70,12 @@ class BlockCache:
         ids = self._free[kept:]
         ids.reverse()
         del self._free[kept:]
-        if len(ids) < count:
-            ids += self._evicted(count - len(ids))
-        references = self._references
+        while len(ids) < count:
+            evicted, _ = self._unused.popitem(last=False)
+            self._forget_key(evicted)
+            ids.append(evicted)
         for block in ids:
-            references[block] = 1
+            self._references[block] = 1
         return ids
 
     def seal(self, block: int, key: bytes) -> None:
@@ -92,7 +89,7 @@ class BlockCache:
         if (  # nothing of it is known, as in most prompts: all at once
             len(new) == len(keys)
             and id_of.keys().isdisjoint(keys)
-            and (not changes or changes.keys().isdisjoint(keys))
+            and changes.keys().isdisjoint(keys)
             and key_of.keys().isdisjoint(blocks)
         ):
             id_of.update(new)
@@ -108,13 +105,12 @@ class BlockCache:
 
     def release(self, ids: Sequence[int]) -> None:
         """One reference less to each; `ids` in the order of their sequence."""
-        references, key_of, unused = self._references, self._key_of, self._unused
         for block in reversed(ids):
-            left = references[block] = references[block] - 1
-            if left:
+            self._references[block] -= 1
+            if self._references[block]:
                 continue
-            if block in key_of:
-                unused[block] = None
+            if block in self._key_of:
+                self._unused[block] = None
             else:
                 self._free.append(block)
 
@@ -146,12 +142,6 @@ class BlockCache:
     def drain_events(self) -> CacheEvents:
         """What changed since the last call."""
         held, changes = self._id_of, self._changes
-        if not changes:
-            return _NO_EVENTS
-        if True not in changes.values() and changes.keys() <= held.keys():  # as most: all new
-            events = CacheEvents(tuple(changes), ())
-            changes.clear()
-            return events
         stored = tuple([key for key, was_held in changes.items() if not was_held and key in held])
         removed = tuple([key for key, was_held in changes.items() if was_held and key not in held])
         changes.clear()
@@ -170,22 +160,11 @@ class BlockCache:
         assert self._shared <= self._id_of.keys(), "a key is shared that is not held"
         assert self._id_of == {key: i for i, key in self._key_of.items()}, "keys and ids differ"
 
-    def _evicted(self, count: int) -> list[int]:
-        """The cached blocks that are to go first, no longer known."""
-        key_of, id_of, shared = self._key_of, self._id_of, self._shared
-        note, next_one = self._changes.setdefault, self._unused.popitem
-        ids: list[int] = []
-        for _ in range(count):
-            block, _ = next_one(last=False)
-            key = key_of.pop(block)
-            del id_of[key]
-            shared.discard(key)
-            note(key, True)
-            ids.append(block)
-        return ids
-
     def _forget_key(self, block: int) -> None:
         key = self._key_of.pop(block)
         del self._id_of[key]
         self._shared.discard(key)
-        self._changes.setdefault(key, True)
+        self._note(key, was_held=True)
+
+    def _note(self, key: bytes, was_held: bool) -> None:
+        self._changes.setdefault(key, was_held)
