@@ -5,10 +5,10 @@ live), Model (tokens in, logits out). A worker is written against these alone; c
 data, and nothing asks for a backend's name.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +58,24 @@ class StepShape:
     prefill_context: int = 0  # sum over chunks of the tokens read, the chunk's own included
     prefill_outputs: int = 0  # chunks whose logits are wanted
     decode_context: int = 0  # of context_tokens, those of decoding sequences
+
+    @classmethod
+    def of(cls, runs: Iterable[tuple[int, int, bool]]) -> Self:
+        """runs: (position of the first token, tokens, whether logits are wanted) of each sequence;
+        one token is a decode, more are a chunk of a prompt."""
+        runs = list(runs)
+        chunks = [run for run in runs if run[1] > 1]
+        return cls(
+            prefill_tokens=sum(count for _, count, _ in chunks),
+            decode_sequences=sum(count == 1 for _, count, _ in runs),
+            context_tokens=sum(
+                count * start + count * (count + 1) // 2 for start, count, _ in runs
+            ),
+            prefill_chunks=len(chunks),
+            prefill_context=sum(start + count for start, count, _ in chunks),
+            prefill_outputs=sum(wanted for _, _, wanted in chunks),
+            decode_context=sum(start + 1 for start, count, _ in runs if count == 1),
+        )
 
 
 @dataclass(frozen=True, slots=True)

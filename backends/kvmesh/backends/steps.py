@@ -67,7 +67,7 @@ def flatten(segments: Sequence[Segment], limits: StepLimits) -> FlatStep:
         positions=np.repeat(start - ends[:-1], counts) + np.arange(ends[-1]),
         wanted=np.array(wanted, np.int64),
         filled=filled,
-        shape=_shape(segments),
+        shape=StepShape.of((s.start, len(s.token_ids), s.want_logits) for s in segments),
     )
 
 
@@ -118,20 +118,3 @@ def _tables(
         if first < end:
             filled.extend(segment.block_table[first:end].tolist())
     return tables, np.array(filled, np.int32)
-
-
-def _shape(segments: Sequence[Segment]) -> StepShape:
-    counts = [len(segment.token_ids) for segment in segments]
-    pairs = list(zip(segments, counts, strict=True))
-    chunks = [(segment, count) for segment, count in pairs if count > 1]
-    return StepShape(
-        prefill_tokens=sum(count for _, count in chunks),
-        decode_sequences=counts.count(1),
-        context_tokens=sum(
-            count * segment.start + count * (count + 1) // 2 for segment, count in pairs
-        ),
-        prefill_chunks=len(chunks),
-        prefill_context=sum(segment.start + count for segment, count in chunks),
-        prefill_outputs=sum(segment.want_logits for segment, _ in chunks),
-        decode_context=sum(segment.start + 1 for segment, count in pairs if count == 1),
-    )

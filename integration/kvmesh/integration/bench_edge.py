@@ -24,12 +24,12 @@ from urllib.parse import urlsplit
 from kvmesh.integration.estimate import Estimate, median_of, percent_more
 from kvmesh.integration.launch import running_mesh
 from kvmesh.integration.launch_plan import GATEWAY
-from kvmesh.integration.loadgen import RequestResult, closed_loop, token_request
+from kvmesh.integration.loadgen import RequestResult, closed_loop, greedy, token_request
 from kvmesh.integration.machine import cpu_seconds
 from kvmesh.services.common.client import Link
 from kvmesh.services.common.config import MeshConfig
+from kvmesh.services.common.percentile import percentile
 from kvmesh.services.router.client import InferenceClient
-from kvmesh.v1 import common_pb2
 
 READY_S = 120.0
 REQUEST_S = 60.0
@@ -146,9 +146,7 @@ class _Bench:
         return _row(concurrency, direct, http)
 
     async def over_grpc(self, concurrency: int, salt: str) -> _Round:
-        sampling = common_pb2.SamplingParams(
-            temperature=0.0, max_tokens=self._plan.output_tokens, ignore_eos=True
-        )
+        sampling = greedy(self._plan.output_tokens)
         prompts = self._prompts(concurrency, salt)
         requests = [token_request(ids, sampling, f"grpc {salt}") for ids in prompts]
         for request in requests:
@@ -285,7 +283,7 @@ def _side(rounds: Sequence[_Round]) -> EdgeSide:
     mesh = [one.mesh_s for one in rounds if one.mesh_s is not None]
     return EdgeSide(
         ttft_p50_ms=round(1e3 * statistics.median(ttft), 3),
-        ttft_p99_ms=round(1e3 * ttft[min(len(ttft) - 1, int(0.99 * len(ttft)))], 3),
+        ttft_p99_ms=round(1e3 * percentile(ttft, 0.99), 3),
         token_us=round(1e6 * statistics.median(one.token_s for one in rounds), 1),
         mesh_us=round(1e6 * statistics.mean(mesh), 1) if mesh else None,
         client_us=round(1e6 * statistics.mean(one.client_s for one in rounds), 1),

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from kvmesh.backends.base import Estimate
-from kvmesh.integration.loadgen import RequestResult, closed_loop, open_loop, token_request
+from kvmesh.integration.loadgen import RequestResult, closed_loop, greedy, open_loop, token_request
 from kvmesh.integration.simulate import Overheads
 from kvmesh.integration.workload import TraceRequest, Workload, prompts
 from kvmesh.services.common import names
@@ -22,7 +22,7 @@ from kvmesh.services.router.client import InferenceClient
 from kvmesh.services.router.cost import CostModel
 from kvmesh.services.traces.reader import SpanReader
 from kvmesh.services.traces.spans import Span
-from kvmesh.v1 import common_pb2, inference_pb2
+from kvmesh.v1 import inference_pb2
 
 SEVERAL = 3  # in flight, of those that teach
 SPACE_S = 0.75  # between requests one at a time: what one leaves to do is over before the next
@@ -60,7 +60,7 @@ class LiveMesh:
     def _sent(self, load: Workload) -> list[inference_pb2.GenerateRequest]:
         ids = prompts(load, self._vocab, 0)
         return [
-            token_request(prompt, _greedy(request.output_tokens))
+            token_request(prompt, greedy(request.output_tokens))
             for prompt, request in zip(ids, load.requests, strict=True)
         ]
 
@@ -72,7 +72,7 @@ class LiveMesh:
         step_tokens = CostModel().step_tokens
         for count, output in _PROBES:
             ids = [rng.randrange(self._vocab) for _ in range(count)]
-            reply = await self._client.route(token_request(ids, _greedy(output)))
+            reply = await self._client.route(token_request(ids, greedy(output)))
             chosen = reply.candidates[0]
             steps = math.ceil(count / step_tokens)
             rows.append((steps, count, 0, count * (count + 1) // 2))
@@ -155,7 +155,3 @@ def lesson_requests(seed: int, salt: str, count: int) -> Workload:
         ),
         512,
     )
-
-
-def _greedy(output_tokens: int) -> common_pb2.SamplingParams:
-    return common_pb2.SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True)

@@ -18,12 +18,11 @@ from pathlib import Path
 from kvmesh.integration.bare import READ_RESULT, READ_ROUND, Round, RoundResult
 from kvmesh.integration.launch import running_mesh
 from kvmesh.integration.launch_child import child_environment
-from kvmesh.integration.loadgen import closed_loop, token_request
+from kvmesh.integration.loadgen import closed_loop, greedy, token_request
 from kvmesh.services.common.client import Link
 from kvmesh.services.common.config import MeshConfig
 from kvmesh.services.common.percentile import percentile
 from kvmesh.services.router.client import InferenceClient
-from kvmesh.v1 import common_pb2
 
 READY_S = 120.0
 ROUND_S = 300.0
@@ -91,9 +90,7 @@ def _round(plan: BenchPlan, concurrency: int, salt: str, vocab: int) -> Round:
 
 
 async def _mesh_round(client: InferenceClient, asked: Round) -> RoundResult:
-    sampling = common_pb2.SamplingParams(
-        temperature=0.0, max_tokens=asked.output_tokens, ignore_eos=True
-    )
+    sampling = greedy(asked.output_tokens)
     requests = [token_request(prompt, sampling, asked.salt) for prompt in asked.prompts]
     begin = time.perf_counter()
     results = await closed_loop(client, requests, asked.concurrency)

@@ -6,13 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvmesh.integration.launch import running_mesh
-from kvmesh.integration.loadgen import RequestResult, closed_loop, open_loop, token_request
+from kvmesh.integration.loadgen import (
+    RequestResult,
+    closed_loop,
+    greedy,
+    open_loop,
+    token_request,
+)
 from kvmesh.integration.workload import Workload, fitting, prompts
 from kvmesh.services.common.client import Link
 from kvmesh.services.common.config import MeshConfig
 from kvmesh.services.common.security import Security
 from kvmesh.services.router.client import InferenceClient
-from kvmesh.v1 import common_pb2, inference_pb2
+from kvmesh.v1 import inference_pb2
 
 READY_S = 180.0
 
@@ -77,7 +83,7 @@ async def drive(
             f"{plan.workload.longest}; make them shorter, for a trace with --scale"
         )
     requests = [
-        token_request(prompt, _sampling(request.output_tokens), plan.salt)
+        token_request(prompt, greedy(request.output_tokens), plan.salt)
         for prompt, request in zip(
             prompts(load, model.vocab_size, plan.seed), load.requests, strict=True
         )
@@ -89,8 +95,3 @@ async def drive(
         arrivals = [request.arrival_s for request in load.requests]
         results = await open_loop(client, requests, arrivals, on_done)
     return Driven(results, too_long, model, any(member.simulated for member in members))
-
-
-def _sampling(output_tokens: int) -> common_pb2.SamplingParams:
-    """Greedy, to exactly this length: what is measured must not depend on what is said."""
-    return common_pb2.SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True)

@@ -52,23 +52,28 @@ class Score:
 
     codec: str
     group: tuple[str, ...]
-    cases: int = 0
-    total: float = 0.0
     errors: int = 0
     answers: list[float] = field(default_factory=list)
+
+    @property
+    def cases(self) -> int:
+        return len(self.answers)
+
+    @property
+    def total(self) -> float:
+        return sum(self.answers, 0.0)
 
     @property
     def mean(self) -> float:
         return self.total / self.cases if self.cases else 0.0
 
     def add(self, score: float, failed: bool) -> None:
-        self.cases += 1
-        self.total += score
         self.errors += failed
         self.answers.append(score)
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "mean": round(self.mean, 4)}
+        sums = {"cases": self.cases, "total": self.total, "mean": round(self.mean, 4)}
+        return {**asdict(self), **sums}
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +146,6 @@ def merged(scores: Iterable[Score], axis: int) -> list[Score]:
     for score in scores:
         part = score.group[axis]
         into = sums.setdefault((score.codec, part), Score(score.codec, (part,)))
-        into.cases += score.cases
-        into.total += score.total
         into.errors += score.errors
         into.answers += score.answers
     return list(sums.values())

@@ -123,6 +123,11 @@ def chat_request(
     return request
 
 
+def greedy(output_tokens: int) -> common_pb2.SamplingParams:
+    """Exactly so many tokens: what is measured must not depend on what is said."""
+    return common_pb2.SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True)
+
+
 def token_request(
     ids: Sequence[int], sampling: common_pb2.SamplingParams, salt: str = ""
 ) -> inference_pb2.GenerateRequest:

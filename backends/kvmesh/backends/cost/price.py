@@ -4,6 +4,7 @@ A price is per device and hour, and every device of an instance counts, those of
 decode alike. Factors of speed are never multiplied here: they change seconds, and seconds cost.
 """
 
+import functools
 import re
 from dataclasses import dataclass
 
@@ -53,6 +54,7 @@ def price_of(device: Device, preset: str | None = None, per_hour: float | None =
     return Price(figure.value, name, f"{figure.source} [{figure.tag}]")
 
 
+@functools.cache
 def listed_price(product: str) -> Price | None:
     """Of the device file that a GPU's product name names ("NVIDIA H100 80GB HBM3": h100), at its
     default preset; None if no file is of it, or it has no price."""

@@ -174,12 +174,13 @@ def _named(what: str, pid: int, tid: int, name: str) -> dict[str, object]:
 def _slice(pid: int, tid: int, name: str, span: tuple[int, int]) -> dict[str, object]:
     micro = 1e6 / CHIP.clock_hz
     begin, cycles = span
+    at = round(begin * micro, 6)
     return {
         "ph": "X",
         "name": name,
         "pid": pid,
         "tid": tid,
-        "ts": round(begin * micro, 6),
-        "dur": round(round((begin + cycles) * micro, 6) - round(begin * micro, 6), 6),
+        "ts": at,
+        "dur": round(round((begin + cycles) * micro, 6) - at, 6),
         "args": {"cycle": begin, "cycles": cycles},
     }

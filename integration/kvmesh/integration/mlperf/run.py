@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from kvmesh.integration.loadgen import token_request
+from kvmesh.integration.loadgen import greedy, token_request
 from kvmesh.integration.mlperf.schedule import QSL_SEED, SAMPLE_SEED, SCHEDULE_SEED
 from kvmesh.integration.mlperf.sut import MeshSut
 from kvmesh.integration.planning import traffic
 from kvmesh.services.common.errors import ConfigError
 from kvmesh.services.router.client import InferenceClient
-from kvmesh.v1 import common_pb2, inference_pb2
+from kvmesh.v1 import inference_pb2
 
 SCENARIOS = ("offline", "server", "interactive")
 _MARK = ":::MLLOG "
@@ -130,8 +130,7 @@ def _library(
                 f"{model.max_context}; make them shorter with --scale"
             )
         ids = rng.integers(0, model.vocab_size, prompt).tolist()
-        sampling = common_pb2.SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
-        requests.append(token_request(ids, sampling))
+        requests.append(token_request(ids, greedy(output)))
     return requests
 
 

@@ -179,7 +179,7 @@ class Emulated(Avx512):
         def emit(inner: Any, table: Any, index: Any) -> Any:
             return Portable.lookup(self, inner, table, index)
 
-        return _called(builder, "kvmesh_emulated_lookup", emit, [table, index])
+        return called(builder, "kvmesh_emulated_lookup", emit, index.type, [table, index])
 
     def dot(self, builder: Any, total: Any, octets: Any, weights: Any) -> Any:
         def emit(inner: Any, total: Any, octets: Any, weights: Any) -> Any:
@@ -188,20 +188,29 @@ class Emulated(Avx512):
             w = inner.sext(inner.bitcast(weights, bytes64), wide)
             return Portable.add(self, inner, [total], u, w)[0]
 
-        return _called(builder, "kvmesh_emulated_dot", emit, [total, octets, weights])
+        arguments = [total, octets, weights]
+        return called(builder, "kvmesh_emulated_dot", emit, weights.type, arguments)
 
 
-def _called(builder: Any, name: str, emit: Any, arguments: list[Any]) -> Any:
-    """A call of the module's function of that name, made by emit(builder, *arguments) if new. It
-    returns what its last argument's type is."""
+def called(
+    builder: Any, name: str, emit: Any, result: Any, arguments: Any, inlining: str = "noinline"
+) -> Any:
+    """A call of the module's function of that name, made by emit(builder, *arguments) if new.
+
+    result: the LLVM type of what emit returns; void if that is None.
+    """
     function = builder.module.globals.get(name)
     if function is None:
-        kinds = [argument.type for argument in arguments]
-        function = ir.Function(builder.module, ir.FunctionType(kinds[-1], kinds), name)
+        kind = ir.FunctionType(result, [argument.type for argument in arguments])
+        function = ir.Function(builder.module, kind, name)
         function.linkage = "linkonce_odr"
-        function.attributes.add("noinline")
+        function.attributes.add(inlining)
         inner = ir.IRBuilder(function.append_basic_block())
-        inner.ret(emit(inner, *function.args))
+        found = emit(inner, *function.args)
+        if found is None:
+            inner.ret_void()
+        else:
+            inner.ret(found)
     return builder.call(function, arguments)
 
 

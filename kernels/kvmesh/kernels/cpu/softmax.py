@@ -46,12 +46,6 @@ class _Step:
         order = ir.Constant(ir.VectorType(I32, WIDTH), [row] * WIDTH)
         return self.b.shuffle_vector(vector, vector, order)
 
-    def fold(self, values: list[Any], join: Any) -> Any:
-        while len(values) > 1:
-            half = len(values) // 2
-            values = [join(x, y) for x, y in zip(values[:half], values[half:], strict=True)]
-        return values[0]
-
     def powers(self, row: int, base: Any, seen: Any) -> tuple[Any, Any]:
         """Scores become 2^(score - base) * scale. Returns the powers' sum, and the largest of the
         products, none of which is negative; in eight parts each."""
@@ -66,7 +60,7 @@ class _Step:
         for i, power in zip(_TILE, powers, strict=True):
             products.append(b.fmul(power, at.load(FLOAT, self.scales, I64(i))))
             at.store(FLOAT, products[-1], self.scores, I64(row * BLOCK_SIZE + i))
-        return self.fold(powers, b.fadd), self.fold(products, at.larger)
+        return at.fold(powers, b.fadd), at.fold(products, at.larger)
 
     def rounded(self, row: int, factor: Any, outs: tuple[Any, Any, Any]) -> Any:
         """Writes a row of weights; returns the sum of them, in eight parts."""
@@ -75,7 +69,7 @@ class _Step:
         for i, x in zip(_TILE, self.scores_of(row), strict=True):
             place = I64(row * BLOCK_SIZE + i)
             wholes.append(set_whole(self.at, self.b.fmul(x, factor), outs, place))
-        return self.fold(wholes, self.b.add)
+        return self.at.fold(wholes, self.b.add)
 
 
 def _weigh(
@@ -85,7 +79,7 @@ def _weigh(
     step, rows, zero = _Step(b, scores, scales), range(simd.ROWS), I64(0)
     at, four = step.at, step.four
     before = four.load(FLOAT, peak, zero)
-    tops = [step.fold(step.scores_of(row), at.larger) for row in rows]
+    tops = [at.fold(step.scores_of(row), at.larger) for row in rows]
     largest = four.larger(_across(b, tops, four.larger), before)
     four.store(FLOAT, largest, peak, zero)
     seen = b.fcmp_ordered(">", largest, four.real(float("-inf")))

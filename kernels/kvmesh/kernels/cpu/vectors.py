@@ -50,7 +50,7 @@ class Emitter:
         return simd.splat(self.b, scalar, self.width)
 
     def place(self, scalar: Any, address: Any, index: Any, width: int | None = None) -> Any:
-        at = self.b.gep(self.b.inttoptr(address, scalar.as_pointer()), [index])
+        at = _element(self.b, scalar, address, index)
         kind = ir.VectorType(scalar, width or self.width)
         return self.b.bitcast(at, kind.as_pointer())
 
@@ -77,12 +77,16 @@ class Emitter:
         )
         return first, last
 
-    def reduce(self, rows: list[Any], add: Any) -> Any:
-        """One scalar of vectors (a power of two), by halves: the first joins the one half on."""
+    def fold(self, rows: list[Any], add: Any) -> Any:
+        """One of vectors (a power of two), by halves: the first joins the one half on."""
         while len(rows) > 1:
             half = len(rows) // 2
             rows = [add(x, y) for x, y in zip(rows[:half], rows[half:], strict=True)]
-        total, width = rows[0], self.width
+        return rows[0]
+
+    def reduce(self, rows: list[Any], add: Any) -> Any:
+        """One scalar of vectors (a power of two), likewise; then of its lanes."""
+        total, width = self.fold(rows, add), self.width
         while width > 1:
             total = add(*self.halves(total, width))
             width //= 2
@@ -126,19 +130,7 @@ def function(
 
     def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
         symbol = f"kvmesh_lanes_{name}"
-        function = builder.module.globals.get(symbol)
-        if function is None:
-            kind = ir.FunctionType(_LLVM[result], [_LLVM[x] for x in arguments])
-            function = ir.Function(builder.module, kind, symbol)
-            function.linkage = "linkonce_odr"
-            function.attributes.add(inlining)
-            inner = ir.IRBuilder(function.append_basic_block())
-            found = emit(inner, *function.args)
-            if found is None:
-                inner.ret_void()
-            else:
-                inner.ret(found)
-        call = builder.call(function, values)
+        call = simd.called(builder, symbol, emit, _LLVM[result], values, inlining)
         return context.get_dummy_value() if result is types.none else call
 
     def typed(typing_context: Any, *given: Any) -> Any:
@@ -162,25 +154,25 @@ def _exp2(typing_context: Any, x: Any) -> Any:
 exp2: Any = intrinsic(_exp2)
 
 
-def _element(kind: Any, address: Any, index: Any, b: Any) -> Any:
+def _element(b: Any, kind: Any, address: Any, index: Any) -> Any:
+    """Where the element at an index of the array at an address is."""
     return b.gep(b.inttoptr(address, kind.as_pointer()), [index])
 
 
 def _get(b: Any, address: Any, index: Any) -> Any:
-    return b.load(_element(FLOAT, address, index, b))
+    return b.load(_element(b, FLOAT, address, index))
 
 
 def _get_int(b: Any, address: Any, index: Any) -> Any:
-    return b.load(_element(I32, address, index, b))
+    return b.load(_element(b, I32, address, index))
 
 
 def _take_one(b: Any, address: Any, index: Any) -> Any:
-    place = b.gep(b.inttoptr(address, I64.as_pointer()), [index])
-    return b.atomic_rmw("add", place, I64(1), "acq_rel")
+    return b.atomic_rmw("add", _element(b, I64, address, index), I64(1), "acq_rel")
 
 
 def _put(b: Any, address: Any, index: Any, value: Any) -> None:
-    b.store(value, _element(FLOAT, address, index, b))
+    b.store(value, _element(b, FLOAT, address, index))
 
 
 # One fp32 or int32 of the array at an address.

@@ -30,18 +30,9 @@ class Pace:
 
     def stepped(self, plan: Sequence[Planned], now: float) -> None:
         """The round of a step is over."""
-        self._fit.observe(_shape(plan), now - self._since)
+        shape = StepShape.of((step.start, step.count, step.want_logits) for step in plan)
+        self._fit.observe(shape, now - self._since)
         self._since = now
 
     def estimate(self) -> Estimate:
         return self._fit.estimate()
-
-
-def _shape(plan: Sequence[Planned]) -> StepShape:
-    return StepShape(
-        prefill_tokens=sum(step.count for step in plan if step.count > 1),
-        decode_sequences=sum(step.count == 1 for step in plan),
-        context_tokens=sum(
-            step.count * step.start + step.count * (step.count + 1) // 2 for step in plan
-        ),
-    )
