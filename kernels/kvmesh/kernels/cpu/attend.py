@@ -18,13 +18,12 @@ from kvmesh.kernels.cpu.lanes import (
     exponents,
     fetch_halves,
     largest,
-    scale_dots,
     widen_halves,
 )
 from kvmesh.kernels.cpu.simd import ROWS
-from kvmesh.kernels.cpu.softmax import weigh_rows
+from kvmesh.kernels.cpu.softmax import score_and_weigh_rows, score_rows, weigh_rows
 from kvmesh.kernels.cpu.tile import plane_at, read_floats
-from kvmesh.kernels.cpu.vectors import exp2, get, get_int, put
+from kvmesh.kernels.cpu.vectors import exp2, get, put
 from kvmesh.kernels.layout import BLOCK_SIZE
 
 _ZERO = np.float32(0.0)
@@ -128,31 +127,35 @@ def _absorb_floats(scratch: Any, row: int, view: Any, start: int) -> None:
 
 @kernel
 def _absorb_rows(geo: Any, planes: Any, at: Any, rows: Any, view: Any, start: int) -> None:
-    """Adds one head of a block to `rows` (first, count), see `_absorb_codes`."""
+    """Adds one head of a block to `rows` (first, count), see `_absorb_codes`.
+
+    Softmax is of ROWS rows: those past the end are there, and no one's.
+    """
     keys, values, key_unit, value_unit = planes
     first, count = rows
     queries, mixing = at.queries, at.mixing
     stride = max(geo.dim, BLOCK_SIZE)
     dot_rows(geo.key_bits, keys, queries, rows, at.dots, BLOCK_SIZE, stride)
-    size = 4 * BLOCK_SIZE
-    for i in range(count):  # each step for all rows, as their chains of operations can overlap
-        row = first + i
-        scale_dots(
-            at.dots + 4 * stride * i, at.key_scales, at.weights + size * i,
-            get(queries.unit, row) * key_unit, get_int(queries.offset, row), get(at.bias, row),
+    units, offsets = queries.unit + 4 * first, queries.offset + 4 * first
+    bias, peak, total = at.bias + 4 * first, at.peak + 4 * first, at.total + 4 * first
+    if view.cap > _ZERO or view.window > 0:
+        score_rows(at.dots, stride, at.key_scales, key_unit, units, offsets, bias, at.weights)
+        for i in range(count):
+            _look(at.weights + 4 * BLOCK_SIZE * i, view, first + i, start)
+        weigh_rows(
+            at.weights, at.value_scales, peak, total, at.fades,
+            mixing.wide, mixing.high, mixing.low, mixing.unit, mixing.offset,
         )  # fmt: skip
-    for i in range(count):
-        _look(at.weights + size * i, view, first + i, start)
-    weigh_rows(  # ROWS of them: those past the end are there, and no one's
-        at.weights, at.value_scales, at.peak + 4 * first, at.total + 4 * first, at.fades,
-        mixing.wide, mixing.high, mixing.low, mixing.unit, mixing.offset,
-    )  # fmt: skip
+    else:
+        score_and_weigh_rows(
+            at.dots, stride, at.key_scales, key_unit, units, offsets, bias, at.value_scales,
+            peak, total, at.fades, mixing.wide, mixing.high, mixing.low, mixing.unit, mixing.offset,
+        )  # fmt: skip
     dot_rows(geo.value_bits, values, mixing, (0, count), at.dots, geo.dim, stride)
-    for i in range(count):
-        accumulate(
-            at.dots + 4 * stride * i, at.mixed + 4 * geo.dim * (first + i), geo.dim,
-            get(mixing.unit, i) * value_unit, get_int(mixing.offset, i), get(at.fades, i),
-        )  # fmt: skip
+    accumulate(
+        at.dots, stride, at.mixed + 4 * geo.dim * first, geo.dim, count, value_unit,
+        mixing.unit, mixing.offset, at.fades,
+    )  # fmt: skip
 
 
 @kernel

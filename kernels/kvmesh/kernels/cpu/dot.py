@@ -17,6 +17,7 @@ cgutils: Any = untyped_cgutils
 
 _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 WIDTHS = (2, 3, 4, 8)
+LANES = 16  # what any number of lanes is a multiple of
 
 
 class _Loop:
@@ -49,9 +50,12 @@ class _Loop:
         return ir.Constant(self.vector, [_I32(value)] * self.path.lanes)
 
     def _field(self, word: Any, shift: int, mask: int) -> Any:
-        """Bits of every byte, moved down by shift."""
+        """Bits of every byte, moved down by shift, to be looked up."""
         if shift:
             word = self.b.lshr(word, self._constant(shift))
+        return self._only(word, mask) if self.path.strict else word
+
+    def _only(self, word: Any, mask: int) -> Any:
         return self.b.and_(word, self._constant(mask * 0x01010101))
 
     def _lookup(self, table: list[int], index: Any) -> Any:
@@ -62,7 +66,7 @@ class _Loop:
     def _octets(self, word: Any, signs: Any) -> Iterator[tuple[int, Any]]:
         """Fields of a word: the number of each, and u of its four elements in each lane.
 
-        A lookup takes the low four bits of an index and minds only that the highest is clear. So
+        A lookup takes the low four bits of an index and minds at most that the highest is clear. So
         two fields of 2 bits share one mask, and of 3 bits one more lookup, which spreads the signs.
         """
         if self.bits == 8:
@@ -76,44 +80,58 @@ class _Loop:
                 if signs is not None:
                     spread = [(i >> k & 1) << 2 | (i >> k & 4) << 4 for i in range(16)]
                     found = self._lookup(spread, signs)
+                    pair = self._only(pair, 0x33)
                     pair = self.b.or_(pair, self.b.bitcast(found, self.vector))
                 yield k, self._lookup(self.grid, pair)
                 yield k + 2, self._lookup(self.grid, self.b.lshr(pair, self._constant(4)))
 
-    def _words(self, number: Any, firsts: list[Any]) -> list[tuple[Any, Any]]:
-        """One row of words of every group, and their signs (3 bits only)."""
+    def _signs(self, pair: Any, firsts: list[Any]) -> list[Any]:
+        """The signs of two rows of words (3 bits), those of the first in the low half of each byte;
+        also asks for the next plane's."""
         b, four = self.b, _I64(4)
-        rows = [b.mul(b.add(b.mul(number, self.lanes), first), four) for first in firsts]
-        words = [self._load(at) for at in rows]
-        if self.bits != 3:
-            return [(word, None) for word in words]
         border = b.udiv(b.mul(self.length, self.lanes), four)
-        start = b.add(border, b.mul(b.mul(b.lshr(number, _I64(1)), self.lanes), four))
-        shift = b.trunc(b.mul(b.and_(number, _I64(1)), four), _I32)
-        shift = simd.splat(b, shift, self.path.lanes)
-        pairs = [b.add(start, b.mul(first, four)) for first in firsts]
-        signs = [self._field(b.lshr(self._load(at), shift), 0, 0x0F) for at in pairs]
-        return [*zip(words, signs, strict=True)]
+        start = b.add(border, b.mul(b.mul(pair, self.lanes), four))
+        places = [b.add(start, b.mul(first, four)) for first in firsts]
+        self._prefetch(places)
+        return [self._load(at) for at in places]
 
-    def _prefetch(self, number: Any, first: Any) -> None:
-        """Asks for the next plane's lines that lie where this one's words do."""
-        b, four = self.b, _I64(4)
-        simd.prefetch(b, b.add(self.next, b.mul(b.add(b.mul(number, self.lanes), first), four)))
-        if self.bits == 3:
-            signs = b.add(b.mul(b.lshr(number, _I64(1)), self.lanes), first)
-            border = b.udiv(b.mul(self.length, self.lanes), four)
-            simd.prefetch(b, b.add(b.add(self.next, border), b.mul(signs, four)))
+    def _prefetch(self, places: list[Any]) -> None:
+        """Asks for the next plane's lines that lie where these words do, one of each group."""
+        for at in places[:: LANES // self.path.lanes]:
+            simd.prefetch(self.b, self.b.add(self.next, at))
 
-    def _row_of_words(self, number: Any, firsts: list[Any], sums: list[list[list[Any]]]) -> None:
-        """Adds one row of words. firsts: each group's first lane; sums: allocas, by group, row."""
+    def _all_words(self, firsts: list[Any], sums: list[list[list[Any]]]) -> None:
+        """firsts: each group's first lane; sums: allocas, by group, row."""
+        b, nothing = self.b, [None] * len(firsts)
+        words = b.udiv(self.length, _I64(4 * self.fields))
+        if self.bits != 3:
+            with cgutils.for_range(b, words) as word:
+                self._row_of_words(word.index, firsts, nothing, sums)
+            return
+        with cgutils.for_range(b, b.lshr(words, _I64(1))) as pair:
+            signs = self._signs(pair.index, firsts)
+            number = b.shl(pair.index, _I64(1))
+            self._row_of_words(number, firsts, [self._field(x, 0, 0x0F) for x in signs], sums)
+            number, signs = b.add(number, _I64(1)), [self._field(x, 4, 0x0F) for x in signs]
+            self._row_of_words(number, firsts, signs, sums)
+        with b.if_then(b.trunc(words, ir.IntType(1))):
+            number = b.sub(words, _I64(1))
+            signs = self._signs(b.lshr(number, _I64(1)), firsts)
+            self._row_of_words(number, firsts, [self._field(x, 0, 0x0F) for x in signs], sums)
+
+    def _row_of_words(
+        self, number: Any, firsts: list[Any], signs: list[Any], sums: list[list[list[Any]]]
+    ) -> None:
         b, path = self.b, self.path
-        words = self._words(number, firsts)
-        self._prefetch(number, firsts[0])
-        for fields in zip(*(self._octets(*both) for both in words), strict=True):
-            k, octets = fields[0][0], [x for _, x in fields]
+        places = [b.mul(b.add(b.mul(number, self.lanes), x), _I64(4)) for x in firsts]
+        words = [self._load(at) for at in places]
+        self._prefetch(places)
+        octets = (self._octets(*both) for both in zip(words, signs, strict=True))
+        for fields in zip(*octets, strict=True):
+            k, parts_of = fields[0][0], [x for _, x in fields]
             element = b.add(b.mul(number, _I64(4 * self.fields)), _I64(4 * k))
             for half in range(path.halves):
-                parts = [path.half(b, x, half) for x in octets]
+                parts = [path.half(b, x, half) for x in parts_of]
                 for r in range(self.rows):
                     place = b.add(element, b.mul(self.length, _I64(r)))
                     weights = path.weights(b, self.wide, (self.high, self.low), place, half)
@@ -124,31 +142,37 @@ class _Loop:
                             b.store(value, x)
 
     def emit(self) -> None:
-        """Some groups of lanes after others, all words of them: the sums stay in registers."""
+        """Some groups of lanes after others, then those that are left, one by one."""
+        b, width = self.b, self.path.groups * self.path.lanes
+        whole = b.mul(b.udiv(self.lanes, _I64(width)), _I64(width))
+        self._passes(_I64(0), whole, self.path.groups)
+        if width > LANES:
+            self._passes(whole, self.lanes, 1)
+        b.ret_void()
+
+    def _passes(self, start: Any, end: Any, groups: int) -> None:
+        """Passes over all words, each for the lanes of some groups: the sums stay in registers."""
         b, path = self.b, self.path
-        words = b.udiv(self.length, _I64(4 * self.fields))
-        width = path.groups * path.lanes
+        width = groups * path.lanes
         sums = [
             [
                 [cgutils.alloca_once(b, self.vector) for _ in range(path.sums)]
                 for _ in range(self.rows)
             ]
-            for _ in range(path.groups)
+            for _ in range(groups)
         ]
-        with cgutils.for_range(b, b.udiv(self.lanes, _I64(width))) as step:
-            first = b.mul(step.index, _I64(width))
-            firsts = [b.add(first, _I64(path.lanes * i)) for i in range(path.groups)]
+        with cgutils.for_range(b, b.udiv(b.sub(end, start), _I64(width))) as step:
+            first = b.add(start, b.mul(step.index, _I64(width)))
+            firsts = [b.add(first, _I64(path.lanes * i)) for i in range(groups)]
             for x in (x for group in sums for row in group for x in row):
                 b.store(self._constant(0), x)
-            with cgutils.for_range(b, words) as word:
-                self._row_of_words(word.index, firsts, sums)
+            self._all_words(firsts, sums)
             for group, first in zip(sums, firsts, strict=True):
                 for r, row in enumerate(group):
                     total = path.total(b, [b.load(x) for x in row])
                     at = b.add(first, b.mul(self.o_stride, _I64(r)))
                     place = b.bitcast(b.gep(self.out, [at]), self.vector.as_pointer())
                     b.store(total, place, align=4)
-        b.ret_void()
 
 
 def dot_function(module: Any, path: simd.Portable, bits: int, rows: int) -> Any:

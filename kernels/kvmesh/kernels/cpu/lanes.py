@@ -1,5 +1,6 @@
 """Arithmetic on rows of a tile. Rows have 64 elements where no size is given."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -17,6 +18,7 @@ from kvmesh.kernels.cpu.vectors import (
     REAL,
     ROUND,
     ROUND_BITS,
+    WIDE,
     WIDTH,
     Emitter,
     function,
@@ -29,39 +31,31 @@ SMALLEST = 2.0**-100  # a row of weights without a larger one is zeros
 _FROM_HALF = 2.0**112
 
 
-def _tile_rows() -> list[Any]:
-    return [I64(at) for at in range(0, BLOCK_SIZE, WIDTH)]
+def tile_rows() -> list[Any]:
+    """Where the vectors of one row begin."""
+    return [I64(at) for at in range(0, BLOCK_SIZE, WIDE)]
 
 
 def _widen(b: Any, halves: Any, out: Any) -> None:
-    at = Emitter(b)
-    for i in _tile_rows():
+    at = Emitter(b, WIDE)
+    for i in tile_rows():
         bits = b.shl(b.zext(at.load(I16, halves, i), at.kind(I32)), at.integer(13))
         value = b.fmul(b.bitcast(bits, at.kind(FLOAT)), at.real(_FROM_HALF))
         at.store(FLOAT, value, out, i)
 
 
-def _scale(b: Any, dots: Any, scales: Any, out: Any, unit: Any, offset: Any, bias: Any) -> None:
-    at = Emitter(b)
-    unit, offset, bias = at.spread(unit), at.spread(offset), at.spread(bias)
-    for i in _tile_rows():
-        dot = at.centered(at.load(I32, dots, i), offset)
-        score = b.fmul(b.fmul(dot, unit), at.load(FLOAT, scales, i))
-        at.store(FLOAT, b.fadd(bias, score), out, i)
-
-
 def _largest(b: Any, scores: Any, before: Any) -> Any:
-    at = Emitter(b)
-    top = at.reduce([at.load(FLOAT, scores, i) for i in _tile_rows()], at.larger)
+    at = Emitter(b, WIDE)
+    top = at.reduce([at.load(FLOAT, scores, i) for i in tile_rows()], at.larger)
     return at.larger(top, before)
 
 
 def _exponents(b: Any, scores: Any, peak: Any) -> Any:
-    at = Emitter(b)
+    at = Emitter(b, WIDE)
     top = at.spread(peak)
     weights: list[Any] = []
-    rows = _tile_rows()
-    for some in (rows[:4], rows[4:]):
+    rows = tile_rows()
+    for some in (rows[n : n + 4] for n in range(0, len(rows), 4)):
         weights += at.exp2([b.fsub(at.load(FLOAT, scores, i), top) for i in some])
         for i, weight in zip(some, weights[-4:], strict=True):
             at.store(FLOAT, weight, scores, i)
@@ -69,15 +63,23 @@ def _exponents(b: Any, scores: Any, peak: Any) -> Any:
 
 
 def _accumulate(
-    b: Any, dots: Any, mixed: Any, size: Any, unit: Any, offset: Any, fade: Any
-) -> None:
-    at = Emitter(b)
-    unit, offset, fade = at.spread(unit), at.spread(offset), at.spread(fade)
-    with cgutils.for_range(b, b.udiv(size, I64(WIDTH))) as loop:
-        i = b.mul(loop.index, I64(WIDTH))
-        more = b.fmul(at.centered(at.load(I32, dots, i), offset), unit)
-        before = b.fmul(at.load(FLOAT, mixed, i), fade)
-        at.store(FLOAT, b.fadd(before, more), mixed, i)
+    b: Any, dots: Any, stride: Any, mixed: Any, size: Any, count: Any, unit: Any, units: Any,
+    offsets: Any, fades: Any,
+) -> None:  # fmt: skip
+    at, one = Emitter(b, WIDE), Emitter(b, 1)
+    with cgutils.for_range(b, count) as rows:
+        row = rows.index
+        own = at.spread(b.fmul(one.load(FLOAT, units, row), unit))
+        offset, fade = (
+            at.spread(one.load(kind, x, row)) for kind, x in ((I32, offsets), (FLOAT, fades))
+        )
+        from_dots, into = b.mul(row, stride), b.mul(row, size)
+        with cgutils.for_range(b, b.udiv(size, I64(WIDE))) as loop:
+            i = b.mul(loop.index, I64(WIDE))
+            dot = at.load(I32, dots, b.add(from_dots, i))
+            more = b.fmul(at.centered(dot, offset), own)
+            before = b.fmul(at.load(FLOAT, mixed, b.add(into, i)), fade)
+            at.store(FLOAT, b.fadd(before, more), mixed, b.add(into, i))
 
 
 def _add_products(b: Any, x: Any, y: Any, size: Any) -> Any:
@@ -93,16 +95,16 @@ def _add_products(b: Any, x: Any, y: Any, size: Any) -> Any:
 def _round(
     b: Any, x: Any, size: Any, wide: Any, high: Any, low: Any, unit: Any, offset: Any
 ) -> None:
-    at = Emitter(b)
-    steps = b.udiv(size, I64(WIDTH))
+    at = Emitter(b, WIDE)
+    steps = b.udiv(size, I64(WIDE))
     top = cgutils.alloca_once_value(b, at.real(0.0))
     with cgutils.for_range(b, steps) as loop:
-        value = at.load(FLOAT, x, b.mul(loop.index, I64(WIDTH)))
+        value = at.load(FLOAT, x, b.mul(loop.index, I64(WIDE)))
         b.store(at.larger(at.absolute(value), b.load(top)), top)
     factor = _set_unit(at, b.load(top), unit)
     total = cgutils.alloca_once_value(b, at.integer(0))
     with cgutils.for_range(b, steps) as loop:
-        i = b.mul(loop.index, I64(WIDTH))
+        i = b.mul(loop.index, I64(WIDE))
         whole = set_whole(at, b.fmul(at.load(FLOAT, x, i), factor), (wide, high, low), i)
         b.store(b.add(b.load(total), whole), total)
     _store_one(b, I32, b.mul(at.reduce([b.load(total)], b.add), I32(255)), offset)
@@ -118,20 +120,21 @@ def _set_unit(at: Emitter, tops: Any, unit: Any) -> Any:
     return at.spread(scale)
 
 
-def set_whole(at: Emitter, value: Any, outs: tuple[Any, Any, Any], i: Any) -> Any:
-    """Writes the nearest integers of one vector, and returns them."""
+def set_whole(at: Emitter, value: Any, outs: Sequence[Any], i: Any) -> Any:
+    """Writes the nearest integers of one vector, and returns them. outs: addresses of 16-bit
+    integers, of high and of low bytes; only those are written that the CPU's products take."""
     b = at.b
     moved = b.bitcast(b.fadd(value, at.real(ROUND)), at.kind(I32))
     whole = b.sub(moved, at.integer(ROUND_BITS))
-    order = [n // 4 * 4 + simd.ORDER[n % 4] for n in range(WIDTH)]
-    short = b.trunc(whole, at.kind(I16))
-    short = b.shuffle_vector(short, short, ir.Constant(ir.VectorType(I32, WIDTH), order))
-    b.store(short, at.place(I16, outs[0], i), align=2)
     if simd.PATHS[simd.CHOSEN].split:
         upper = b.ashr(b.add(whole, at.integer(128)), at.integer(8))
-        lower = b.sub(whole, b.shl(upper, at.integer(8)))
-        for part, out in zip((upper, lower), outs[1:], strict=True):
+        for part, out in zip((upper, whole), outs[1:], strict=True):
             b.store(b.trunc(part, at.kind(I8)), at.place(I8, out, i), align=1)
+    else:
+        order = [n // 4 * 4 + simd.ORDER[n % 4] for n in range(at.width)]
+        short = b.trunc(whole, at.kind(I16))
+        short = b.shuffle_vector(short, short, ir.Constant(ir.VectorType(I32, at.width), order))
+        b.store(short, at.place(I16, outs[0], i), align=2)
     return whole
 
 
@@ -146,10 +149,6 @@ def _fetch_row(b: Any, address: Any) -> None:
 
 # (address of fp16 bits, none of them negative; of fp32, written)
 widen_halves = function("widen_halves", _widen, types.none, [INT] * 2)
-# scores = bias + scale * unit * (2 dots - offset): (dots, scales, scores, unit, offset, bias)
-scale_dots = function(
-    "scale_dots", _scale, types.none, [INT] * 3 + [REAL, types.int32, REAL]
-)  # fmt: skip
 # (scores, a score) -> the largest of all
 largest = function("largest", _largest, REAL, [INT, REAL])
 # Scores become 2^(score - peak): (scores, peak) -> their sum, added up by halves
@@ -158,9 +157,8 @@ exponents = function("exponents", _exponents, REAL, [INT, REAL])
 add_products = function("add_products", _add_products, REAL, [INT] * 3)
 # fp32 x of a size that is a multiple of eight, to one row of dot.py's Weights
 round_row = function("round_row", _round, types.none, [INT] * 7)
-# mixed = mixed * fade + unit * (2 dots - offset): (dots, mixed, size, unit, offset, fade)
-accumulate = function(
-    "accumulate", _accumulate, types.none, [INT] * 3 + [REAL, types.int32, REAL]
-)  # fmt: skip
+# mixed = mixed * fade + unit * units * (2 dots - offset), of so many rows of `size` elements.
+# (dots [count, stride], stride, mixed, size, count, unit, units, offsets, fades)
+accumulate = function("accumulate", _accumulate, types.none, [INT] * 5 + [REAL] + [INT] * 3)
 # Brings a row of fp16 at an address into the cache.
 fetch_halves = function("fetch_halves", _fetch_row, types.none, [INT], "alwaysinline")

@@ -44,12 +44,14 @@ class Portable:
     name = "portable"
     lanes = 8
     groups = 2  # of lanes that share the loads of weights; all lanes are a multiple of 16
+    strict = True  # whether the bits of an index that a lookup does not mind must be clear
     sums = 1  # accumulators of each row
     halves = 1  # parts that a register of octets is multiplied in
     split = False  # whether it takes weights as high and low bytes
 
     def lookup(self, builder: Any, table: Any, index: Any) -> Any:
-        """The table's byte for the low four bits of each byte of index, whose highest is clear."""
+        """The table's byte for the low four bits of each byte of index. Of its other bits the
+        highest is clear; those of a path that is not strict may be anything."""
         index = builder.and_(index, ir.Constant(index.type, [_I8(15)] * (4 * self.lanes)))
         out = ir.Constant(index.type, ir.Undefined)
         for i in range(4 * self.lanes):
@@ -123,11 +125,14 @@ class Avx2(Portable):
 
 
 class Avx512(Portable):
-    """vpshufb and vpdpbusd, which adds four products of bytes in each lane."""
+    """vpshufb and vpdpbusd, which adds four products of bytes in each lane.
+
+    A product ends four cycles after it began and two begin in each: so less than eight sums at a
+    time would wait, and the sixteen of two groups do not.
+    """
 
     name = "avx512"
     lanes = 16
-    groups = 1
     halves = 1
     sums = 2  # of the high and of the low bytes
     split = True
@@ -166,8 +171,24 @@ class Avx512(Portable):
         return builder.add(builder.shl(high, ir.Constant(high.type, [8] * 16)), low)
 
 
-class Emulated(Avx512):
-    """Avx512's code with its two instructions in generic IR, to run it on any CPU.
+class Vbmi(Avx512):
+    """vpermb in place of vpshufb: it minds six bits of an index, and of the table that repeats
+    after four of them any two are right. So codes are looked up without being masked."""
+
+    name = "avx512vbmi"
+    strict = False
+
+    def lookup(self, builder: Any, table: Any, index: Any) -> Any:
+        kind = ir.VectorType(_I8, 64)
+        all_four = _shuffle(builder, table, table, [i % 16 for i in range(64)])
+        permute = _declare(
+            builder, "llvm.x86.avx512.permvar.qi.512", ir.FunctionType(kind, [kind, kind])
+        )
+        return builder.call(permute, [all_four, index])
+
+
+class Emulated(Vbmi):
+    """Vbmi's code with its two instructions in generic IR, to run it on any CPU.
 
     Each is a function, which is compiled once: written out wherever the loops have one, they would
     take LLVM three times as long as all other kernels.
@@ -220,7 +241,7 @@ def _declare(builder: Any, name: str, kind: Any) -> Any:
 
 
 PATHS: dict[str, Portable] = {
-    path.name: path for path in (Avx512(), Avx2(), Portable(), Emulated())
+    path.name: path for path in (Vbmi(), Avx512(), Avx2(), Portable(), Emulated())
 }
 
 
@@ -228,6 +249,8 @@ def available() -> list[str]:
     """Names of the paths that this CPU runs, fastest first."""
     has = binding.get_host_cpu_features()
     names = ["avx512"] if has.get("avx512vnni") and has.get("avx512bw") else []
+    if names and has.get("avx512vbmi"):
+        names.insert(0, "avx512vbmi")
     if has.get("avx2"):
         names.append("avx2")
     return [*names, "portable"]

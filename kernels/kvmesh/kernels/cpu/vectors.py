@@ -1,4 +1,4 @@
-"""Functions of vectors of eight lanes, emitted as LLVM IR.
+"""Functions of vectors, emitted as LLVM IR.
 
 A loop that LLVM does not turn into vectors costs more here than the dot products. Nothing is fused
 and each sum has one order, so every instruction set finds the same bits. Addresses and sizes are
@@ -15,6 +15,7 @@ from numba.extending import intrinsic
 from kvmesh.kernels.cpu import simd
 
 WIDTH = 8
+WIDE = simd.PATHS[simd.CHOSEN].lanes  # where the sums are the same with vectors of any size
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 FLOAT = ir.FloatType()
 ROUND = 12582912.0  # 1.5 * 2^23: adding it leaves an integer in the low bits
@@ -49,10 +50,9 @@ class Emitter:
     def spread(self, scalar: Any) -> Any:
         return simd.splat(self.b, scalar, self.width)
 
-    def place(self, scalar: Any, address: Any, index: Any, width: int | None = None) -> Any:
+    def place(self, scalar: Any, address: Any, index: Any) -> Any:
         at = _element(self.b, scalar, address, index)
-        kind = ir.VectorType(scalar, width or self.width)
-        return self.b.bitcast(at, kind.as_pointer())
+        return self.b.bitcast(at, self.kind(scalar).as_pointer())
 
     def load(self, scalar: Any, address: Any, index: Any) -> Any:
         return self.b.load(self.place(scalar, address, index), align=2 if scalar is I16 else 4)
@@ -163,10 +163,6 @@ def _get(b: Any, address: Any, index: Any) -> Any:
     return b.load(_element(b, FLOAT, address, index))
 
 
-def _get_int(b: Any, address: Any, index: Any) -> Any:
-    return b.load(_element(b, I32, address, index))
-
-
 def _take_one(b: Any, address: Any, index: Any) -> Any:
     return b.atomic_rmw("add", _element(b, I64, address, index), I64(1), "acq_rel")
 
@@ -175,9 +171,8 @@ def _put(b: Any, address: Any, index: Any, value: Any) -> None:
     b.store(value, _element(b, FLOAT, address, index))
 
 
-# One fp32 or int32 of the array at an address.
+# One fp32 of the array at an address.
 get = function("get", _get, REAL, [INT] * 2, "alwaysinline")
-get_int = function("get_int", _get_int, types.int32, [INT] * 2, "alwaysinline")
 put = function("put", _put, types.none, [INT] * 2 + [REAL], "alwaysinline")
 # Adds one to an int64 that threads share; returns what it was. What was written before is seen by
 # whoever takes after.
