@@ -203,7 +203,7 @@ def absorb(
 
 @kernel
 def start_row(geo: Any, table: Any, query: Any, center: Any, scratch: Any, row: int) -> None:
-    """Scales one query, rotates it if the keys are, and empties its state.
+    """Scales one query, and rotates it if the keys are.
 
     Scores are kept times log2(e), so that a softmax takes powers of two.
     """
@@ -222,9 +222,14 @@ def start_row(geo: Any, table: Any, query: Any, center: Any, scratch: Any, row: 
             own[j] = own[j] * norm  # of H
         set_weights(scratch.at.queries, row, own.ctypes.data)
     put(scratch.at.bias, row, bias)
-    scratch.peak[row] = _NEVER
-    scratch.total[row] = _ZERO
-    scratch.mixed[row, :] = _ZERO
+
+
+@kernel
+def empty_rows(scratch: Any, count: int) -> None:
+    """The state of the first rows, before anything was added."""
+    scratch.peak[:count] = _NEVER
+    scratch.total[:count] = _ZERO
+    scratch.mixed[:count] = _ZERO
 
 
 @kernel
@@ -285,6 +290,7 @@ def attend(
             for g in range(group):
                 query = queries[i, head * group + g]
                 start_row(geo, table, query, centers[0, head], scratch, i * group + g)
+        empty_rows(scratch, count * group)
         absorb(geo, table, pool, blocks, starts, head, count * group, scratch, PLAIN)
         read_tail(tail, head, first + count, scratch)
         values = tail[1, :, head, :]

@@ -20,6 +20,7 @@ from kvmesh.kernels.cpu.attend import (
     View,
     absorb,
     absorb_tail,
+    empty_rows,
     read_tail,
     start_row,
     unrotate,
@@ -32,7 +33,7 @@ from kvmesh.kernels.cpu.vectors import exp2, take_one
 from kvmesh.kernels.layout import BLOCK_SIZE
 from kvmesh.kernels.merge import Partial
 
-SPLIT_BLOCKS = 16  # part of the result: another size adds up in another order
+SPLIT_BLOCKS = 32  # part of the result: another size adds up in another order
 _NEVER = np.float32(-np.inf)
 _ZERO = np.float32(0.0)
 _LN2 = np.float32(np.log(2))
@@ -97,6 +98,7 @@ def _run(
     scratch = make_scratch(geo.dim, plan.q.shape[1] * group)
     starts = np.empty(split, np.int64)
     counts = counters.ctypes.data
+    started = -1  # the pair whose queries are in scratch
     while True:
         item = take_one(counts, _NEXT)
         if item >= pairs * chunks:
@@ -107,6 +109,10 @@ def _run(
             np.float32(cap) * LOG2E, np.int64(window), np.int64(kept), plan.positions[s],
             np.int64(group),
         )  # fmt: skip
+        if pair != started:
+            _start(geo, table, plan, s, head, scratch)
+            started = pair
+        empty_rows(scratch, scratch.peak.size)
         if chunk == chunks - 1:
             fits = _attend_tail(geo, table, plan, s, head, scratch, view)
         else:
@@ -138,7 +144,6 @@ def _attend_chunk(
     first: int, starts: Any,
 ) -> bool:  # fmt: skip
     """Blocks [first, first + starts.size) of a sequence. Returns False if the tables do not fit."""
-    scratch.peak[:] = _NEVER
     count = plan.counts[s]
     if count < 0 or count > plan.tables.shape[1]:
         return False
@@ -149,7 +154,6 @@ def _attend_chunk(
         if plan.tables[s, b] < 0 or plan.tables[s, b] >= pool.octets.shape[0]:
             return False
         starts[b - first] = plan.starts[s, b] if plan.starts.size else b * BLOCK_SIZE
-    _start(geo, table, plan, s, head, scratch)
     rows = scratch.peak.size
     absorb(geo, table, pool, plan.tables[s, first:end], starts, head, rows, scratch, view)
     return True
@@ -160,14 +164,12 @@ def _attend_tail(
     geo: Any, table: Any, plan: Any, s: int, head: int, scratch: Any, view: Any
 ) -> bool:
     """The tokens that are not sealed. Returns False if there cannot be so many."""
-    scratch.peak[:] = _NEVER
     n, group = plan.q.shape[1], plan.q.shape[2] // geo.heads
     if plan.tails.shape[0] == 0 or plan.tail_counts[s] == 0:
         return True
     count = plan.tail_counts[s]
     if count < n or count > BLOCK_SIZE:
         return False
-    _start(geo, table, plan, s, head, scratch)
     read_tail(plan.tails[s], head, count, scratch)
     values = plan.tails[s, 1, :, head, :]
     for row in range(n * group):
