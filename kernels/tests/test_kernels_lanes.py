@@ -12,15 +12,30 @@ from kvmesh.kernels.cpu import lanes, simd, softmax, vectors
 
 
 @numba.njit
-def run_all(halves, wide, scores, peak, dots, scaled):
-    lanes.widen_halves(halves.ctypes.data, wide.ctypes.data)
+def soften(scores, peak):
     top = lanes.largest(scores.ctypes.data, peak)
-    total = lanes.exponents(scores.ctypes.data, top)
-    lanes.scale_dots(
-        dots.ctypes.data, wide.ctypes.data, scaled.ctypes.data, np.float32(0.5), np.int32(3),
-        np.float32(1.5),
+    return top, lanes.exponents(scores.ctypes.data, top)
+
+
+@numba.njit
+def score(dots, scales, unit, units, offsets, biases, scores):
+    softmax.score_rows(
+        dots.ctypes.data, dots.shape[1], scales.ctypes.data, unit, units.ctypes.data,
+        offsets.ctypes.data, biases.ctypes.data, scores.ctypes.data,
     )  # fmt: skip
-    return top, total
+
+
+@numba.njit
+def score_and_weigh(dots, scales, query, value_scales, state, weights):
+    unit, units, offsets, biases = query
+    peak, total, fades = state
+    wide, high, low, rounded_unit, offset = weights
+    softmax.score_and_weigh_rows(
+        dots.ctypes.data, dots.shape[1], scales.ctypes.data, unit, units.ctypes.data,
+        offsets.ctypes.data, biases.ctypes.data, value_scales.ctypes.data, peak.ctypes.data,
+        total.ctypes.data, fades.ctypes.data, wide.ctypes.data, high.ctypes.data, low.ctypes.data,
+        rounded_unit.ctypes.data, offset.ctypes.data,
+    )  # fmt: skip
 
 
 @numba.njit
@@ -30,10 +45,10 @@ def powers(x, out):
 
 
 @numba.njit
-def accumulate(dots, mixed):
+def accumulate(dots, mixed, count, unit, units, offsets, fades):
     lanes.accumulate(
-        dots.ctypes.data, mixed.ctypes.data, mixed.size, np.float32(0.25), np.int32(7),
-        np.float32(0.5),
+        dots.ctypes.data, dots.shape[1], mixed.ctypes.data, mixed.shape[1], count, unit,
+        units.ctypes.data, offsets.ctypes.data, fades.ctypes.data,
     )  # fmt: skip
 
 
@@ -54,16 +69,12 @@ def weigh(scores, scales, peak, total, fades, wide, high, low, unit, offset):
     )  # fmt: skip
 
 
-def test_rows_of_a_tile():
+def test_a_row_of_scores_becomes_powers():
     rng = np.random.default_rng(0)
-    halves = (rng.random(64) * 10.0 ** rng.integers(-7, 4, 64)).astype(np.float16)
-    halves[:3] = 0, 6e-8, 65504
     scores = (9 * rng.standard_normal(64)).astype(np.float32)
-    dots = rng.integers(-1000, 1000, 64).astype(np.int32)
-    wide, scaled, weights = np.zeros(64, np.float32), np.zeros(64, np.float32), scores.copy()
     for peak in (-np.inf, 3.0, 100.0):
-        weights[:] = scores
-        top, total = run_all(halves.view(np.uint16), wide, weights, np.float32(peak), dots, scaled)
+        weights = scores.copy()
+        top, total = soften(weights, np.float32(peak))
         assert top == max(scores.max(), np.float32(peak))
         exact = np.exp2(np.maximum(scores.astype(np.float64) - np.float64(top), -100))
         np.testing.assert_allclose(weights, exact, rtol=3e-6)
@@ -74,9 +85,43 @@ def test_rows_of_a_tile():
         alone = np.zeros(64, np.float32)
         powers(scores - np.float32(top), alone)
         np.testing.assert_array_equal(alone, weights)
-    np.testing.assert_array_equal(wide, halves.astype(np.float32))
-    half = (2 * dots - 3).astype(np.float32) * np.float32(0.5)
-    np.testing.assert_array_equal(scaled, np.float32(1.5) + half * wide)
+
+
+def some_dots(rng):
+    """Dots of four rows, fp16 scales with the smallest and the largest, and what a query has."""
+    scales = (rng.random(64) * 10.0 ** rng.integers(-7, 4, 64)).astype(np.float16)
+    scales[:3] = 0, 6e-8, 65504
+    dots = rng.integers(-1000, 1000, (4, 80)).astype(np.int32)
+    units, biases = (rng.random((2, 4)) / 1000).astype(np.float32)
+    return dots, scales, (np.float32(0.5), units, np.arange(4, dtype=np.int32), biases)
+
+
+def test_scores_of_four_rows():
+    dots, scales, (unit, units, offsets, biases) = some_dots(np.random.default_rng(2))
+    scores = np.zeros((4, 64), np.float32)
+    score(dots, scales, unit, units, offsets, biases, scores)
+    whole = (2 * dots[:, :64] - offsets[:, None]).astype(np.float32) * (units * unit)[:, None]
+    np.testing.assert_array_equal(scores, biases[:, None] + whole * scales.astype(np.float32))
+
+
+def test_scoring_and_weighing_in_one_go_is_the_same():
+    rng = np.random.default_rng(3)
+    dots, scales, query = some_dots(rng)
+    value_scales = rng.random(64).astype(np.float16)
+
+    def arrays():
+        state = np.array([3, -np.inf, 0, 90], "f4"), np.array([1, 0, 2, 3], "f4"), np.zeros(4, "f4")
+        shapes = ("i2", (4, 64)), ("i1", (4, 64)), ("i1", (4, 64)), ("f4", 4), ("i4", 4)
+        return state, tuple(np.zeros(shape, kind) for kind, shape in shapes)
+
+    (state, weights), (other_state, other_weights) = arrays(), arrays()
+    score_and_weigh(dots, scales, query, value_scales, state, weights)
+    scores = np.zeros((4, 64), np.float32)
+    score(dots, scales, *query, scores)
+    weigh(scores, value_scales, *other_state, *other_weights)
+    for found, wanted in zip((*state, *weights), (*other_state, *other_weights), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    assert state[0][1] == scores[1].max()
 
 
 def test_powers_of_two_are_within_two_ulp():
@@ -91,20 +136,23 @@ def test_powers_of_two_are_within_two_ulp():
 
 def test_accumulate():
     rng = np.random.default_rng(1)
+    unit, (units, fades) = np.float32(0.25), rng.random((2, 4)).astype(np.float32)
+    offsets = np.arange(4, dtype=np.int32)
     for size in (32, 80, 256):
-        dots = rng.integers(-1000, 1000, size).astype(np.int32)
-        mixed = rng.standard_normal(size).astype(np.float32)
-        want = mixed * np.float32(0.5) + (2 * dots - 7).astype(np.float32) * np.float32(0.25)
-        accumulate(dots, mixed)
+        dots = rng.integers(-1000, 1000, (4, 256)).astype(np.int32)
+        mixed = rng.standard_normal((4, size)).astype(np.float32)
+        more = (2 * dots[:, :size] - offsets[:, None]).astype(np.float32) * (units * unit)[:, None]
+        want = mixed * fades[:, None] + more
+        want[3] = mixed[3]  # beyond the count
+        accumulate(dots, mixed, 3, unit, units, offsets, fades)
         np.testing.assert_array_equal(mixed, want)
 
 
 def whole_weights(wide, high, low):
-    """The integers that a row of weights is, of both of its forms."""
-    whole = wide.reshape(-1, 4)[:, np.argsort(simd.ORDER)].reshape(-1).astype(np.int32)
+    """The integers that a row of weights is, in the form that this CPU takes."""
     if simd.PATHS[simd.CHOSEN].split:
-        np.testing.assert_array_equal(256 * high.astype(np.int32) + low, whole)
-    return whole
+        return 256 * high.astype(np.int32) + low
+    return wide.reshape(-1, 4)[:, np.argsort(simd.ORDER)].reshape(-1).astype(np.int32)
 
 
 @pytest.mark.parametrize("size", [32, 64, 80, 256])
@@ -129,7 +177,7 @@ def test_four_rows_of_softmax_at_once():
     rng = np.random.default_rng(6)
     scores = (4 * rng.standard_normal((4, 64))).astype(np.float32)
     scores[2, 40:] = scores[3] = -np.inf
-    scales = rng.random(64).astype(np.float32)
+    scales = rng.random(64).astype(np.float16)
     before = np.array([50, -60, -np.inf, -np.inf], np.float32)
     peak, total = before.copy(), np.array([7, 8, 0, 0], np.float32)
     fades, unit, offset = np.zeros(4, "f4"), np.zeros(4, "f4"), np.zeros(4, "i4")
@@ -143,7 +191,8 @@ def test_four_rows_of_softmax_at_once():
         powers = np.exp2(np.maximum(scores[row].astype(np.float64) - peak[row], -100))
         np.testing.assert_allclose(total[row], kept + powers.sum(), rtol=1e-6)
         found = wholes[row] * np.float64(unit[row])
-        np.testing.assert_allclose(found, powers * scales, atol=0.51 * float(unit[row]))
+        wanted = powers * scales.astype(np.float64)
+        np.testing.assert_allclose(found, wanted, atol=0.51 * float(unit[row]))
     assert fades[0] == 1
 
 

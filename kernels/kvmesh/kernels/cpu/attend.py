@@ -18,9 +18,8 @@ from kvmesh.kernels.cpu.lanes import (
     exponents,
     fetch_halves,
     largest,
-    widen_halves,
 )
-from kvmesh.kernels.cpu.simd import ROWS
+from kvmesh.kernels.cpu.simd import AHEAD, ROWS
 from kvmesh.kernels.cpu.softmax import score_and_weigh_rows, score_rows, weigh_rows
 from kvmesh.kernels.cpu.tile import plane_at, read_floats
 from kvmesh.kernels.cpu.vectors import exp2, get, put
@@ -126,12 +125,14 @@ def _absorb_floats(scratch: Any, row: int, view: Any, start: int) -> None:
 
 
 @kernel
-def _absorb_rows(geo: Any, planes: Any, at: Any, rows: Any, view: Any, start: int) -> None:
+def _absorb_rows(
+    geo: Any, planes: Any, scales: Any, at: Any, rows: Any, view: Any, start: int
+) -> None:
     """Adds one head of a block to `rows` (first, count), see `_absorb_codes`.
 
     Softmax is of ROWS rows: those past the end are there, and no one's.
     """
-    keys, values, key_unit, value_unit = planes
+    (keys, values), ((key_scales, key_unit), (value_scales, value_unit)) = planes, scales
     first, count = rows
     queries, mixing = at.queries, at.mixing
     stride = max(geo.dim, BLOCK_SIZE)
@@ -139,16 +140,16 @@ def _absorb_rows(geo: Any, planes: Any, at: Any, rows: Any, view: Any, start: in
     units, offsets = queries.unit + 4 * first, queries.offset + 4 * first
     bias, peak, total = at.bias + 4 * first, at.peak + 4 * first, at.total + 4 * first
     if view.cap > _ZERO or view.window > 0:
-        score_rows(at.dots, stride, at.key_scales, key_unit, units, offsets, bias, at.weights)
+        score_rows(at.dots, stride, key_scales, key_unit, units, offsets, bias, at.weights)
         for i in range(count):
             _look(at.weights + 4 * BLOCK_SIZE * i, view, first + i, start)
         weigh_rows(
-            at.weights, at.value_scales, peak, total, at.fades,
+            at.weights, value_scales, peak, total, at.fades,
             mixing.wide, mixing.high, mixing.low, mixing.unit, mixing.offset,
         )  # fmt: skip
     else:
         score_and_weigh_rows(
-            at.dots, stride, at.key_scales, key_unit, units, offsets, bias, at.value_scales,
+            at.dots, stride, key_scales, key_unit, units, offsets, bias, value_scales,
             peak, total, at.fades, mixing.wide, mixing.high, mixing.low, mixing.unit, mixing.offset,
         )  # fmt: skip
     dot_rows(geo.value_bits, values, mixing, (0, count), at.dots, geo.dim, stride)
@@ -163,18 +164,17 @@ def _absorb_codes(
     geo: Any, units: Any, places: Any, head: int, rows: int, at: Any, view: Any, start: int
 ) -> None:
     """Adds one head of a block. units: half steps of keys and values; places: addresses of the
-    block, and of the one that is read next."""
+    block, and of one that is read soon."""
     here, there = places
     keys, values = plane_at(geo, 0, head), plane_at(geo, 1, head)
     key_scales = geo.key_scales + head * BLOCK_SIZE * 2
     value_scales = geo.value_scales + head * BLOCK_SIZE * 2
-    widen_halves(here + key_scales, at.key_scales)
-    widen_halves(here + value_scales, at.value_scales)
     fetch_halves(there + key_scales)
     fetch_halves(there + value_scales)
-    planes = (here + keys, there + keys), (here + values, there + values), units[0], units[1]
+    planes = (here + keys, there + keys), (here + values, there + values)
+    scales = (here + key_scales, units[0]), (here + value_scales, units[1])
     for first in range(0, rows, ROWS):
-        _absorb_rows(geo, planes, at, (first, min(ROWS, rows - first)), view, start)
+        _absorb_rows(geo, planes, scales, at, (first, min(ROWS, rows - first)), view, start)
 
 
 @kernel
@@ -192,7 +192,7 @@ def absorb(
         if view.window > 0 and newest <= view.query - view.window + 1 and start >= view.kept:
             continue  # out of the first query's window, and so of all
         if geo.key_bits <= 8:
-            following = blocks[min(b + 1, blocks.size - 1)]
+            following = blocks[min(b + AHEAD, blocks.size - 1)]
             places = base + blocks[b] * stride, base + following * stride
             _absorb_codes(geo, units, places, head, rows, at, view, start)
         else:

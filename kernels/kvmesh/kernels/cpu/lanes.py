@@ -28,20 +28,11 @@ from kvmesh.kernels.layout import BLOCK_SIZE
 cgutils: Any = untyped_cgutils
 
 SMALLEST = 2.0**-100  # a row of weights without a larger one is zeros
-_FROM_HALF = 2.0**112
 
 
 def tile_rows() -> list[Any]:
     """Where the vectors of one row begin."""
     return [I64(at) for at in range(0, BLOCK_SIZE, WIDE)]
-
-
-def _widen(b: Any, halves: Any, out: Any) -> None:
-    at = Emitter(b, WIDE)
-    for i in tile_rows():
-        bits = b.shl(b.zext(at.load(I16, halves, i), at.kind(I32)), at.integer(13))
-        value = b.fmul(b.bitcast(bits, at.kind(FLOAT)), at.real(_FROM_HALF))
-        at.store(FLOAT, value, out, i)
 
 
 def _largest(b: Any, scores: Any, before: Any) -> Any:
@@ -147,8 +138,6 @@ def _fetch_row(b: Any, address: Any) -> None:
         simd.prefetch(b, b.add(address, I64(line)))
 
 
-# (address of fp16 bits, none of them negative; of fp32, written)
-widen_halves = function("widen_halves", _widen, types.none, [INT] * 2)
 # (scores, a score) -> the largest of all
 largest = function("largest", _largest, REAL, [INT, REAL])
 # Scores become 2^(score - peak): (scores, peak) -> their sum, added up by halves

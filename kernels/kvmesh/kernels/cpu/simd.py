@@ -35,7 +35,8 @@ def prefetch(builder: Any, address: Any) -> None:
     kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
     fetch = builder.module.declare_intrinsic("llvm.prefetch", [_I8.as_pointer()], kind)
     place = builder.inttoptr(address, _I8.as_pointer())
-    builder.call(fetch, [place, _I32(0), _I32(3), _I32(1)])  # to read, keep, data
+    near = _I32(PATHS[CHOSEN].near)
+    builder.call(fetch, [place, _I32(0), near, _I32(1)])  # to read, data
 
 
 class Portable:
@@ -44,6 +45,8 @@ class Portable:
     name = "portable"
     lanes = 8
     groups = 2  # of lanes that share the loads of weights; all lanes are a multiple of 16
+    near = 3  # the cache that is filled ahead of use, as LLVM counts: 3 is the first, 2 the second
+    ahead = 1  # tiles
     strict = True  # whether the bits of an index that a lookup does not mind must be clear
     sums = 1  # accumulators of each row
     halves = 1  # parts that a register of octets is multiplied in
@@ -136,6 +139,7 @@ class Avx512(Portable):
     halves = 1
     sums = 2  # of the high and of the low bytes
     split = True
+    near, ahead = 2, 2  # waiting for memory, lines of the first cache would be too few
 
     def lookup(self, builder: Any, table: Any, index: Any) -> Any:
         kind = ir.VectorType(_I8, 64)
@@ -265,4 +269,5 @@ def _chosen() -> str:
 
 
 CHOSEN = _chosen()
+AHEAD = PATHS[CHOSEN].ahead  # tiles that are asked of memory before their use
 binding.initialize_native_asmparser()  # for the lines of assembly in Avx2

@@ -67,7 +67,7 @@ class _Rows:
             for kind, x in zip((FLOAT, I32, FLOAT), query, strict=True)
         )
         units = b.fmul(units, four.spread(unit))
-        factors = [at.load(FLOAT, scales, i) for i in tile_rows()]
+        factors = [at.load_halves(scales, i) for i in tile_rows()]
         rows = []
         for row in _ROWS:
             one, offset, bias = (self.lane(x, row) for x in (units, offsets, biases))
@@ -100,7 +100,7 @@ class _Rows:
         base = b.select(seen, largest, four.real(0.0))  # a row that saw nothing yet has only zeros
         fade = four.exp2([b.fsub(before, base)])[0]
         four.store(FLOAT, fade, fades, zero)
-        factors = [at.load(FLOAT, scales, i) for i in tile_rows()]
+        factors = [at.load_halves(scales, i) for i in tile_rows()]
         sums, products = [], []
         for row, scores in enumerate(rows):
             powers = self.powers(scores, self.lane(base, row), self.lane(seen, row))
@@ -158,11 +158,11 @@ def _score_and_weigh(
 
 
 # int32 dots [4, stride] become fp32 scores [4, 64] = bias + scale * unit * (2 dots - offset).
-# (dots, stride, scales [64], unit that multiplies all units, units, offsets, biases [4], scores)
+# (dots, stride, fp16 scales [64], unit that multiplies all units, units, offsets, biases [4], scores)
 score_rows = function(
     "score_rows", _score, types.none, [INT] * 3 + [REAL] + [INT] * 4
 )  # fmt: skip
-# fp32 scores [4, 64] become weights 2^(score - peak), which times fp32 scales [64] are rounded to
+# fp32 scores [4, 64] become weights 2^(score - peak), which times fp16 scales [64] are rounded to
 # four rows of dot.py's Weights; peak and total [4] are brought up to date, fades [4] are what the
 # sums so far are to be multiplied by.
 # (scores, scales, peak, total, fades, wide, high, low, unit, offset)

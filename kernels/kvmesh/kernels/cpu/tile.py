@@ -65,8 +65,6 @@ class Places(NamedTuple):
     """
 
     weights: Any  # fp32 [ROWS, 64]: scores, then weights
-    key_scales: Any  # fp32 [64]
-    value_scales: Any  # fp32 [64]
     bias: Any  # fp32 [rows], the query's product with the keys' center
     peak: Any  # fp32 [rows, up to a multiple of ROWS], largest score so far
     total: Any  # the same, sum of 2^(score - peak)
@@ -153,13 +151,11 @@ def make_scratch(dim: int, rows: int) -> Any:
     peak, total = np.full(whole, _NEVER), np.zeros(whole, np.float32)
     weights = np.zeros((ROWS, BLOCK_SIZE), np.float32)
     arena = np.empty(20 * _LINE + 4 * rows * (dim + 4) + ROWS * most * 12, np.uint8)
-    key_scales = _take(arena.ctypes.data + _LINE - 1 - (arena.ctypes.data - 1) % _LINE, 0, 1)
-    value_scales = _take(key_scales, BLOCK_SIZE, 4)
-    bias = _take(value_scales, BLOCK_SIZE, 4)
+    bias = _take(arena.ctypes.data + _LINE - 1 - (arena.ctypes.data - 1) % _LINE, 0, 1)
     queries, free = _place_weights(_take(bias, rows, 4), rows, dim)
     mixing, fades = _place_weights(free, ROWS, BLOCK_SIZE)
     places = Places(
-        weights.ctypes.data, key_scales, value_scales, bias, peak.ctypes.data, total.ctypes.data,
+        weights.ctypes.data, bias, peak.ctypes.data, total.ctypes.data,
         mixed.ctypes.data, queries, mixing, fades, _take(fades, ROWS, 4),
     )  # fmt: skip
     return Scratch(

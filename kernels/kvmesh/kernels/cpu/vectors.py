@@ -20,6 +20,7 @@ I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 FLOAT = ir.FloatType()
 ROUND = 12582912.0  # 1.5 * 2^23: adding it leaves an integer in the low bits
 ROUND_BITS = 0x4B400000
+_FROM_HALF = 2.0**112
 _LOWEST = -100.0  # of an exponent: its power times an fp16 scale is still a normal fp32
 # 2^x for |x| <= 1/2, relative error 9e-8: least largest error, by iterated weighted least squares.
 _POWERS = (
@@ -56,6 +57,12 @@ class Emitter:
 
     def load(self, scalar: Any, address: Any, index: Any) -> Any:
         return self.b.load(self.place(scalar, address, index), align=2 if scalar is I16 else 4)
+
+    def load_halves(self, address: Any, index: Any) -> Any:
+        """fp32 of fp16 that are not negative, exactly."""
+        bits = self.b.zext(self.load(I16, address, index), self.kind(I32))
+        bits = self.b.bitcast(self.b.shl(bits, self.integer(13)), self.kind(FLOAT))
+        return self.b.fmul(bits, self.real(_FROM_HALF))
 
     def store(self, scalar: Any, value: Any, address: Any, index: Any) -> None:
         self.b.store(value, self.place(scalar, address, index), align=4)
