@@ -65,15 +65,6 @@ def assembly(path, bits, cpu):
     return machine.emit_assembly(parsed)
 
 
-def loop_of(lines, product):
-    """The instructions from the last label before the first product to the jump after the last."""
-    first = next(i for i, line in enumerate(lines) if product in line)
-    last = max(i for i, line in enumerate(lines) if product in line)
-    start = max(i for i in range(first) if lines[i].startswith(".L"))
-    end = next(i for i in range(last, len(lines)) if lines[i].startswith("\tj"))
-    return lines[start : end + 1]
-
-
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(
     ("path", "cpu", "register", "product"),
@@ -96,7 +87,6 @@ def test_code_for_a_cpu_has_its_instructions_and_does_not_spill(path, cpu, regis
     sums = {line.split()[-1] for line in lines if "vpaddd" in line or "vpdpbusd" in line}
     assert len(sums) >= simd.ROWS * simd.PATHS[path].groups
     # Sums stay in registers. With AVX2's sixteen some words and tables do not: they are read again.
-    assert len(kept) <= {"avx2": 12, "avx512": 1, "avx512vbmi": 0}[path], kept
-    inner = loop_of(lines, product)
-    for before, line in itertools.pairwise(inner):
+    assert len(kept) <= {"avx2": 20, "avx512": 1, "avx512vbmi": 0}[path], kept
+    for before, line in itertools.pairwise(lines):
         assert not (("vpaddd" in before or product in before) and line in kept), (before, line)

@@ -99,7 +99,7 @@ def some_dots(rng):
 def test_scores_of_four_rows():
     dots, scales, (unit, units, offsets, biases) = some_dots(np.random.default_rng(2))
     scores = np.zeros((4, 64), np.float32)
-    score(dots, scales, unit, units, offsets, biases, scores)
+    score(dots, scales.view(np.uint16), unit, units, offsets, biases, scores)
     whole = (2 * dots[:, :64] - offsets[:, None]).astype(np.float32) * (units * unit)[:, None]
     np.testing.assert_array_equal(scores, biases[:, None] + whole * scales.astype(np.float32))
 
@@ -107,7 +107,8 @@ def test_scores_of_four_rows():
 def test_scoring_and_weighing_in_one_go_is_the_same():
     rng = np.random.default_rng(3)
     dots, scales, query = some_dots(rng)
-    value_scales = rng.random(64).astype(np.float16)
+    scales = scales.view(np.uint16)  # Numba does not know the other type
+    value_scales = rng.random(64).astype(np.float16).view(np.uint16)
 
     def arrays():
         state = np.array([3, -np.inf, 0, 90], "f4"), np.array([1, 0, 2, 3], "f4"), np.zeros(4, "f4")
@@ -182,7 +183,7 @@ def test_four_rows_of_softmax_at_once():
     peak, total = before.copy(), np.array([7, 8, 0, 0], np.float32)
     fades, unit, offset = np.zeros(4, "f4"), np.zeros(4, "f4"), np.zeros(4, "i4")
     wide, high, low = np.zeros((4, 64), "i2"), np.zeros((4, 64), "i1"), np.zeros((4, 64), "i1")
-    weigh(scores.copy(), scales, peak, total, fades, wide, high, low, unit, offset)
+    weigh(scores.copy(), scales.view(np.uint16), peak, total, fades, wide, high, low, unit, offset)
     np.testing.assert_array_equal(peak, np.maximum(before, scores.max(axis=1)))
     wholes = [whole_weights(wide[row], high[row], low[row]) for row in range(4)]
     np.testing.assert_array_equal(offset, [255 * whole.sum() for whole in wholes])

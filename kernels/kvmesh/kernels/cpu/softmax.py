@@ -63,8 +63,7 @@ class _Rows:
         biases; unit: what multiplies all of their units."""
         b, at, four = self.b, self.at, self.four
         units, offsets, biases = (
-            four.load(kind, x, I64(0))
-            for kind, x in zip((FLOAT, I32, FLOAT), query, strict=True)
+            four.load(kind, x, I64(0)) for kind, x in zip((FLOAT, I32, FLOAT), query, strict=True)
         )
         units = b.fmul(units, four.spread(unit))
         factors = [at.load_halves(scales, i) for i in tile_rows()]
