@@ -157,7 +157,7 @@ def _score_and_weigh(
 
 
 # int32 dots [4, stride] become fp32 scores [4, 64] = bias + scale * unit * (2 dots - offset).
-# (dots, stride, fp16 scales [64], unit that multiplies all units, units, offsets, biases [4], scores)
+# (dots, stride, fp16 scales [64], unit that multiplies units, units, offsets, biases [4], scores)
 score_rows = function(
     "score_rows", _score, types.none, [INT] * 3 + [REAL] + [INT] * 4
 )  # fmt: skip
