@@ -21,6 +21,8 @@ from kvmesh.services.traces.query import Filter
 from kvmesh.services.traces.reader import SpanReader
 
 VIEWS = ("list", "waterfall", "compare", "latency")
+WHOLE = ("waterfall", "compare")  # the rest is as long as there are requests
+PHONE = 720
 REQUESTS = 24
 READY_S = 120.0
 
@@ -92,7 +94,9 @@ async def each_view(
         await page.goto(f"{url}#/{places.get(view, '')}")
         await page.reload()
         await page.wait_for_selector(".u-over" if view == "latency" else ".wrow, tr.go")
-        await page.screenshot(path=folder / f"traces-{view}-{theme}.png", full_page=width < 800)
+        await page.screenshot(
+            path=folder / f"traces-{view}-{theme}.png", full_page=view in WHOLE or width < PHONE
+        )
     await page.close()
 
 
