@@ -118,6 +118,11 @@ def test_trace_page_lists_newest_first_and_filters(page) -> None:  # type: ignor
     page.select_option("select[name=clock]", "")
     page.fill("#search", "shard is full")
     expect_ids(page, "bad")
+    page.fill("#search", "")
+    page.fill("input[name=min_ttft_ms]", "100")  # at once after the other: neither is lost
+    page.fill("input[name=min_duration_ms]", "1")
+    page.wait_for_url(lambda url: "min_ttft_ms=100" in url and "min_duration_ms=1" in url)
+    assert "q=" not in page.url
 
 
 def test_trace_page_is_live(page, store: Path) -> None:  # type: ignore[no-untyped-def]

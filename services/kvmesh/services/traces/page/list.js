@@ -10,10 +10,12 @@ const chosen = new Set();
 
 export function filterForm(query, changed) {
   const set = (name, value) => { value ? query.set(name, value) : query.delete(name); changed(); };
-  let wait;
-  const text = (name, label, attributes) => h("label", { class: name === "q" ? "wide" : "" }, label,
-    h("input", { name, value: query.get(name) || "", ...attributes,
-      oninput: (e) => { clearTimeout(wait); wait = setTimeout(() => set(name, e.target.value.trim()), 250); } }));
+  const text = (name, label, attributes) => {
+    let wait;  // of this field alone: who goes on to the next one loses nothing
+    return h("label", { class: name === "q" ? "wide" : "" }, label,
+      h("input", { name, value: query.get(name) || "", ...attributes,
+        oninput: (e) => { clearTimeout(wait); wait = setTimeout(() => set(name, e.target.value.trim()), 250); } }));
+  };
   const select = (name, label, options = []) => h("label", {}, label,
     h("select", { name, onchange: (e) => set(name, e.target.value) },
       h("option", { value: "" }, "any"),
