@@ -3,6 +3,7 @@
 #   make test   set up with the test tools, then run every test
 #   make lint   ruff, mypy (strict), pyright
 #   make plots  measure codec and kernels anew, and draw docs/figures (half an hour)
+#   make shots  start a mesh, and take docs/traces-*.png of its tracing page
 #   make oip-client   an environment of its own for Triton's client, which one test runs
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 SOURCES := services backends kernels cli integration
 PROTOS := $(wildcard protos/kvmesh/*/*.proto) protos/hatch_build.py
 
-.PHONY: demo test lint format install bench plots clean requirements oip-client
+.PHONY: demo test lint format install bench plots shots clean requirements oip-client
 
 demo: $(VENV)/installed
 	$(BIN)/kvmesh demo
@@ -48,6 +49,9 @@ bench: $(VENV)/installed
 plots: $(VENV)/installed
 	$(BIN)/kvmesh bench codec --plot docs/figures/codec-kl.svg
 	$(BIN)/kvmesh bench kernels --plot docs/figures/kernels-decode.svg
+
+shots: $(VENV)/installed-dev
+	$(BIN)/python integration/tests/trace_shots.py docs
 
 # Compiles the kernels once, so that the first mesh starts as fast as the second.
 $(VENV)/installed: $(VENV)/packages $(PROTOS) pyproject.toml

@@ -1,6 +1,7 @@
 """The tracing page in a real browser, by clicks. Needs Debian's `chromium`; skipped without it."""
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -117,6 +118,11 @@ def test_trace_page_lists_newest_first_and_filters(page) -> None:  # type: ignor
     page.select_option("select[name=clock]", "")
     page.fill("#search", "shard is full")
     expect_ids(page, "bad")
+    page.fill("#search", "")
+    page.fill("input[name=min_ttft_ms]", "100")  # at once after the other: neither is lost
+    page.fill("input[name=min_duration_ms]", "1")
+    page.wait_for_url(lambda url: "min_ttft_ms=100" in url and "min_duration_ms=1" in url)
+    assert "q=" not in page.url
 
 
 def test_trace_page_is_live(page, store: Path) -> None:  # type: ignore[no-untyped-def]
@@ -141,7 +147,7 @@ def test_trace_page_shows_one_trace(page) -> None:  # type: ignore[no-untyped-de
     assert "worker-0 → worker-1" in page.locator("#routes tr.chosen").inner_text()
     facts = page.locator(".facts").inner_text()
     assert "3.9 KiB raw (4.0x)" in facts
-    assert "$0.000120" in facts
+    assert "120 µ$" in facts
     row = page.locator(".wrow", has_text="kv fetch")
     assert row.get_attribute("data-critical") == "false"
     row.click()
@@ -219,3 +225,19 @@ def test_trace_page_fits_a_phone(page, where: str) -> None:  # type: ignore[no-u
     page.wait_for_selector(".card")
     page.click("#theme")
     assert page.evaluate("document.documentElement.scrollWidth") <= 400
+    whole = "nodes => nodes.every(node => node.scrollWidth <= node.clientWidth)"
+    assert page.eval_on_selector_all(".scroll, .wname, #routes td", whole)
+
+
+def test_trace_page_names_times_prices_and_services(page) -> None:  # type: ignore[no-untyped-def]
+    call = "async ([name, ...given]) => (await import('./dom.js'))[name](...given)"
+    colours = [page.evaluate(call, ["serviceColour", f"kvmesh-{name}"]) for name in
+               ("gateway", "router", "worker", "unknown")]  # fmt: skip
+    assert colours == [f"var(--{name})" for name in ("gateway", "router", "worker", "other")]
+    prices = [page.evaluate(call, ["usd", value]) for value in (0, 1.2e-7, 0.00012, 0.5, 1234.5)]
+    assert prices == ["$0.00", "0.120 µ$", "120 µ$", "$0.500", "$1,230"]
+    for step, shape in ((3600, r"\d\d:\d\d"), (30, r"\d\d:\d\d:\d\d"), (0.5, r"[\d:]{8}\.\d")):
+        first, second = page.evaluate(
+            call, ["axisTimes", [1e9 + 61_200, 1e9 + 61_200 + step], step]
+        )
+        assert re.fullmatch(shape + r"\n\d+ \w+", first) and re.fullmatch(shape, second)

@@ -18,7 +18,10 @@ export const ms = (value) =>
       : `${(value * 1000).toFixed(0)} µs`;
 export const seconds = (value) => (value == null ? "–" : ms(value * 1000));
 export const count = (value) => (value == null ? "–" : value.toLocaleString("en"));
-export const usd = (value) => (value == null ? "–" : `$${Number(value).toPrecision(3)}`);
+// Of a request a price is mostly some millionths of a dollar: digits, and no row of zeros.
+export const usd = (value) => (value == null ? "–" : value && Math.abs(value) < 1e-3
+  ? `${digits(value * 1e6)} µ$` : `$${digits(Number(value))}`);
+const digits = (value) => value.toLocaleString("en", { minimumSignificantDigits: 3, maximumSignificantDigits: 3 });
 export function bytes(value) {
   if (!value) return "0 B";
   const power = Math.min(3, Math.floor(Math.log2(value) / 10));
@@ -27,8 +30,19 @@ export function bytes(value) {
 }
 export const clockTime = (ns) => new Date(ns / 1e6).toLocaleTimeString("en-GB");
 export const day = (ns) => new Date(ns / 1e6).toLocaleDateString("en-GB", { day: "numeric", month: "short" });
+// Labels of an axis of Unix seconds, 24-hour, with the day at the first tick and wherever it changes.
+export function axisTimes(ticks, step) {
+  let before = "";
+  return ticks.map((at) => {
+    const part = step < 1 ? (at % 1).toFixed(step < .1 ? 2 : 1).slice(1) : "";
+    const date = day(at * 1e9), time = clockTime(at * 1e9).slice(0, step < 60 ? 8 : 5) + part;
+    const label = step >= 86400 ? date : date === before ? time : `${time}\n${date}`;
+    before = date;
+    return label;
+  });
+}
 
-const SERVICES = ["router", "tokenizer", "worker", "kvcache"];
+const SERVICES = ["gateway", "router", "tokenizer", "worker", "kvcache"];
 export function serviceColour(service) {
   const name = service.replace("kvmesh-", "");
   return `var(--${SERVICES.includes(name) ? name : "other"})`;

@@ -1,5 +1,5 @@
 // Latency over time, one chart for each clock; a click opens the request nearest to it.
-import { api, clockTag, h, ms } from "./dom.js";
+import { api, axisTimes, clockTag, h, ms } from "./dom.js";
 import { filterForm } from "./list.js";
 
 const METRICS = [["ttft", "TTFT"], ["tpot", "TPOT"], ["duration", "Total"]];
@@ -50,7 +50,7 @@ function draw(charts, one) {
     points: { show: true, size: 6, fill: colour("--accent-soft"), stroke: colour("--accent") } };
   const plot = new uPlot({ width: Math.max(260, place.clientWidth), height: 300, series: [{}, dots, line("p50", "--worker"), line("p95", "--kvcache"), line("p99", "--bad")],
     scales: { y: { range: (_, low, high) => [0, (high || 1) * 1.08] } },
-    axes: [axis, { ...axis, size: 64, values: (_, ticks) => ticks.map((t) => (t ? ms(t) : "0")) }], cursor: { drag: { x: false, y: false } } }, [times, ...series], place);
+    axes: [{ ...axis, values: (_, ticks, index, space, step) => axisTimes(ticks, step) }, { ...axis, size: 64, values: (_, ticks) => ticks.map((t) => (t ? ms(t) : "0")) }], cursor: { drag: { x: false, y: false } } }, [times, ...series], place);
   plot.over.addEventListener("click", (event) => {
     const near = one.points.map(([t, value, id]) => [Math.hypot(plot.valToPos(t, "x") - event.offsetX, plot.valToPos(value, "y") - event.offsetY), id])
       .sort((a, b) => a[0] - b[0])[0];

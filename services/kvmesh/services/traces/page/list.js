@@ -10,10 +10,12 @@ const chosen = new Set();
 
 export function filterForm(query, changed) {
   const set = (name, value) => { value ? query.set(name, value) : query.delete(name); changed(); };
-  let wait;
-  const text = (name, label, attributes) => h("label", { class: name === "q" ? "wide" : "" }, label,
-    h("input", { name, value: query.get(name) || "", ...attributes,
-      oninput: (e) => { clearTimeout(wait); wait = setTimeout(() => set(name, e.target.value.trim()), 250); } }));
+  const text = (name, label, attributes) => {
+    let wait;  // of this field alone: who goes on to the next one loses nothing
+    return h("label", { class: name === "q" ? "wide" : "" }, label,
+      h("input", { name, value: query.get(name) || "", ...attributes,
+        oninput: (e) => { clearTimeout(wait); wait = setTimeout(() => set(name, e.target.value.trim()), 250); } }));
+  };
   const select = (name, label, options = []) => h("label", {}, label,
     h("select", { name, onchange: (e) => set(name, e.target.value) },
       h("option", { value: "" }, "any"),
@@ -64,7 +66,7 @@ export function listView(main, query, changed, counters) {
     h("td", {}, h("input", { type: "checkbox", value: t.trace_id, checked: chosen.has(t.trace_id), style: { minHeight: 0 },
       "aria-label": `Choose ${t.trace_id.slice(0, 8)} for comparison`, onchange: (e) => pick(t.trace_id, e.target.checked) })),
     h("td", {}, clockTime(t.start_ns), " ", h("small", { class: "opt" }, day(t.start_ns))),
-    h("td", {}, h("a", { href: `#/trace/${t.trace_id}` }, t.name), " ", h("small", { class: "mono opt" }, t.trace_id.slice(0, 8)), " ",
+    h("td", { class: "name" }, h("a", { href: `#/trace/${t.trace_id}` }, t.name), " ", h("small", { class: "mono opt" }, t.trace_id.slice(0, 8)), " ",
       clockTag(t.clock), t.tenant ? h("small", {}, ` ${t.tenant}`) : null),
     h("td", {}, t.errors ? h("span", { class: "tag bad" }, `${t.errors} error${t.errors > 1 ? "s" : ""}`) : h("span", { class: "tag ok" }, "ok")),
     h("td", { class: "num" }, seconds(t.ttft_s)), h("td", { class: "num opt" }, seconds(t.tpot_s)),

@@ -138,14 +138,15 @@ function routes(view) {
     const known = new Set(["total_s", "prefill", "decode", "cached", "uncached", "rejected", ...TERMS.map(([k]) => k)]);
     const more = [...new Set(choice.candidates.flatMap(Object.keys))].filter((k) => !known.has(k));
     const columns = [...TERMS, ...more.map((k) => [k, k])];
+    const cell = (label, ...children) => h("td", { class: "num", "data-label": label }, ...children);
     return h("div", { class: "scroll" }, h("p", { class: "dim", style: { margin: "0 0 6px" } }, choice.reason),
     h("table", {}, h("thead", {}, h("tr", {}, ["Workers", ...columns.map(([, t]) => t), "Cached", "To compute", "Predicted", ""].map((t, i) =>
       h("th", { class: i ? "num" : "", scope: "col" }, t)))),
     h("tbody", {}, choice.candidates.map((c) => h("tr", { class: !c.rejected && c.total_s === best ? "chosen" : "" },
       h("td", {}, c.prefill ? `${c.prefill} → ${c.decode}` : c.decode),
-      columns.map(([k]) => h("td", { class: "num" }, c.rejected ? "" : typeof c[k] === "number" && k.endsWith("_s") ? seconds(c[k]) : String(c[k] ?? ""))),
-      h("td", { class: "num" }, count(c.cached)), h("td", { class: "num" }, count(c.uncached)),
-      h("td", { class: "num" }, c.rejected ? h("span", { class: "dim" }, c.rejected) : seconds(c.total_s)),
+      columns.map(([k, t]) => cell(t, c.rejected ? "" : typeof c[k] === "number" && k.endsWith("_s") ? seconds(c[k]) : String(c[k] ?? ""))),
+      cell("Cached", count(c.cached)), cell("To compute", count(c.uncached)),
+      cell(c.rejected ? "Not possible" : "Predicted", c.rejected ? h("span", { class: "dim" }, c.rejected) : seconds(c.total_s)),
       h("td", { style: { width: "16%", minWidth: "90px" } }, c.rejected ? null : h("div", { class: "stack", style: { height: "8px", width: `${100 * c.total_s / most}%`, minWidth: "8px" } },
         TERMS.map(([k], i) => c[k] > 0 ? tipped(h("span", { style: { flex: `${c[k]} 1 0`, padding: 0, background: `var(--${["queue", "prefill", "kv", "hand"][i]})` } }), `${TERMS[i][1]}: ${seconds(c[k])}`) : null))))))));
   }));
