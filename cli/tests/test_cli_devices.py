@@ -54,3 +54,10 @@ def test_what_is_wrong_is_named(tmp_path: Path):
     assert result.exit_code == 2 and "bad.toml: extends: no device" in result.stderr
     result = kvmesh("devices", "show", "rubn")
     assert result.exit_code == 2 and "did you mean 'rubin'" in result.stderr
+
+
+@pytest.mark.parametrize("option", [("--folder", "."), ("--json",)])
+def test_an_option_before_the_subcommand_is_refused_not_lost(option: tuple[str, ...]):
+    result = kvmesh("devices", *option, "show", "h100")
+    assert result.exit_code == 2
+    assert f"{option[0]} belongs behind 'show'" in result.stderr

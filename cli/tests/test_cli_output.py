@@ -12,6 +12,7 @@ from kvmesh.cli.main import app
 from kvmesh.cli.options import command
 from kvmesh.cli.render import plain, size
 from kvmesh.cli.sampling import Prompt, Sampling, build_request
+from kvmesh.cli.trace import settled
 from kvmesh.client import Answer
 from kvmesh.integration.launch_state import traces_path
 from kvmesh.services.traces.store import Limits, SpanStore
@@ -80,6 +81,34 @@ def test_cli_output_waterfall(tmp_path: Path):
     assert [len(line) - len(line.lstrip()) for line in lines] == [0, 2, 4]
     begins = [line.index("█") for line in lines]
     assert [begin - begins[0] for begin in begins] == [0, 9, 24]
+
+
+class SlowMembers:
+    """A clock; while it is waited for, a member's span comes."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.now, self.run_dir = 0.0, run_dir
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        if self.now == 0.0:
+            write_trace(self.run_dir)
+        self.now += seconds
+
+
+def test_cli_output_waits_for_spans_that_members_still_send(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    SpanStore(traces_path(tmp_path), Limits(1 << 20, 1e12)).close()
+    members = SlowMembers(tmp_path)
+    monkeypatch.setattr("kvmesh.cli.trace.time", members)
+    monkeypatch.setattr("kvmesh.integration.launch_state.running_state", lambda run_dir: run_dir)
+    assert "3 spans" in trace(tmp_path, "show", "last")
+    assert members.now > 0.5  # which is what a span may wait for others to go with
+    members.now = 0.1
+    assert settled(lambda: members.now, 1.0, 3.0) >= 3.0  # never at rest: it ends nonetheless
 
 
 def test_cli_output_trace_attributes_and_events(tmp_path: Path):

@@ -123,3 +123,10 @@ def test_a_trace_line_without_a_field(tmp_path: Path) -> None:
     result = kvmesh("--trace", str(trace))
     assert result.exit_code == 2
     assert "bad.jsonl, line 1: output_length must be" in result.stderr
+
+
+@pytest.mark.parametrize("other", [("--rate", "5"), ("--workload", "chat"), ("--find-max-qps",)])
+def test_a_closed_loop_beside_an_open_one_is_refused(other: tuple[str, ...]) -> None:
+    result = kvmesh("--concurrency", "3", *other)
+    assert result.exit_code == 2
+    assert "--concurrency is a closed loop" in result.stderr

@@ -64,6 +64,8 @@ def test_a_wrong_line_names_the_part(line: str, message: str):
 def test_unknown_devices_prices_and_models_are_named():
     with pytest.raises(DeviceError, match=r"no device is named 'gb400'; did you mean"):
         read_choice("gb400")
+    with pytest.raises(DeviceError, match=r"lpu-v1 is timed by a cycle simulator and has no cost"):
+        layouts(read_choice("lpu-v1"), load_shape("llama-3.1-8b"))
     with pytest.raises(DeviceError, match=r"no price 'gift'; it has"):
         read_choice("gb300,price=gift")
     with pytest.raises(DoesNotFit, match=r"does not fit 1"):

@@ -239,6 +239,7 @@ def test_pools_are_read(text: str, devices: int) -> None:
         (lambda: read_pool("axtp4"), "'a' is no number"),
         (lambda: read_pool("2xtp0"), "parallel.tensor is 0, must be at least 1"),
         (lambda: read_pool("2xzz4"), "'zz4' is not understood"),
+        (lambda: read_pool("2xtp4pp2"), "several by commas, as in 2xtp8,pp2"),
         (lambda: WorkerPool(0), r"workers is 0, must be in 1\.\.4096"),
         (lambda: WorkerPool(role="x"), "role is 'x', must be one of both, prefill, decode"),  # type: ignore[arg-type]
         (lambda: Optimisations(policy="x"), "policy is 'x', must be one of kv-aware"),

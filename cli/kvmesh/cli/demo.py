@@ -6,7 +6,6 @@ the second question finds the document in the cache. In a terminal the mesh then
 
 import signal
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from kvmesh.cli.errors import FAILED
 from kvmesh.cli.generate import stream, tokens_per_s
 from kvmesh.cli.options import Json, command
 from kvmesh.cli.render import console, milliseconds, print_json, print_table
-from kvmesh.cli.trace import print_waterfall
+from kvmesh.cli.trace import print_waterfall, settled
 from kvmesh.cli.up import show_progress
 
 if TYPE_CHECKING:
@@ -142,14 +141,8 @@ async def _settled_rows(store: Path, trace_id: str) -> "list[Row]":
     """Once no more spans have come for a while: the processes still run, and send theirs late."""
     import asyncio
 
-    rows = _rows(store, trace_id)
-    started = changed = time.monotonic()
-    while time.monotonic() < min(changed + SETTLE_S, started + SPANS_S):
-        await asyncio.sleep(0.2)
-        now = _rows(store, trace_id)
-        if len(now) != len(rows) or not now:
-            rows, changed = now, time.monotonic()
-    return rows
+    await asyncio.to_thread(settled, lambda: len(_rows(store, trace_id)), SETTLE_S, SPANS_S)
+    return _rows(store, trace_id)
 
 
 async def _keep_serving(mesh: "Mesh", store: Path) -> None:

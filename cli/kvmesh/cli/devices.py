@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvmesh.cli.options import Json, command
+from kvmesh.cli.options import Json, command, refuse_options
 from kvmesh.cli.render import console, print_json, print_table
 
 if TYPE_CHECKING:
@@ -25,10 +25,12 @@ Folder = Annotated[
 DTYPES = ("bf16", "fp8", "nvfp4", "int8")
 
 
-@app.callback(invoke_without_command=True)
+@command
 def _group(context: typer.Context, folder: Folder = None, json: Json = False) -> None:
     if context.invoked_subcommand is None:
         list_(folder=folder, json=json)
+    else:
+        refuse_options(context)
 
 
 @command
@@ -113,5 +115,6 @@ def _row(device: "Device") -> tuple[str, ...]:
     )
 
 
+app.callback(invoke_without_command=True)(_group)
 app.command("list")(list_)
 app.command()(show)

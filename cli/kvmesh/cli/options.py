@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from kvmesh.cli.errors import INTERRUPTED, report
+from kvmesh.cli.errors import INTERRUPTED, USAGE, CommandFailed, report
 
 RunDir = Annotated[
     Path | None,
@@ -90,6 +90,18 @@ def command(run: Callable[..., Any]) -> Callable[..., None]:
     framed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     framed.__annotations__ = {p.name: p.annotation for p in parameters}
     return framed
+
+
+def refuse_options(context: typer.Context) -> None:
+    """For a group that is a command too: options before a subcommand would be lost.
+
+    Raises CommandFailed (2) naming the first.
+    """
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = "--" + name.replace("_", "-")
+            raise CommandFailed(f"{option} belongs behind '{context.invoked_subcommand}'", USAGE)
 
 
 def _spread(group: type[Any]) -> list[inspect.Parameter]:

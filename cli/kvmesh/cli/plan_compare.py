@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvmesh.cli.devices import Folder
-from kvmesh.cli.errors import FAILED, USAGE, CommandFailed
-from kvmesh.cli.options import Json, command
+from kvmesh.cli.errors import FAILED
+from kvmesh.cli.options import Json, command, refuse_options
 from kvmesh.cli.progress import progress_bar
 from kvmesh.cli.render import console, print_json, print_table
 
@@ -75,7 +75,7 @@ def plan(
     does. All of it is simulated.
     """
     if context.invoked_subcommand is not None:
-        _refuse_options(context)
+        refuse_options(context)
         return
     from kvmesh.integration.planning import compare as planning
 
@@ -95,15 +95,6 @@ def plan(
             console().print(f"Pareto plot: {plot}")
     if not any(answer.found and answer.found.best for answer in answers):
         raise typer.Exit(FAILED)
-
-
-def _refuse_options(context: typer.Context) -> None:
-    """Options before a subcommand would be lost."""
-    for name in context.params:
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            option = "--" + name.replace("_", "-")
-            raise CommandFailed(f"{option} belongs behind '{context.invoked_subcommand}'", USAGE)
 
 
 @command

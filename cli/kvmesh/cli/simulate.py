@@ -231,6 +231,13 @@ def source_of(
     from kvmesh.integration.workload import Shape
 
     arrivals, lengths = load
+    rated = arrivals.rate is not None or workload is not None or min_seconds is not None
+    if rated and arrivals.concurrency is not None:
+        raise CommandFailed(
+            "--concurrency is a closed loop; --rate, --workload and --find-max-qps are open ones; "
+            "give one of them",
+            USAGE,
+        )
     context = scenario.model.max_context
     rate = arrivals.rate or (None if min_seconds is None else 1.0)
     amount = Amount(arrivals.requests or 1000, min_seconds or 0.0)

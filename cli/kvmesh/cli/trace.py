@@ -3,6 +3,7 @@
 Works without a running mesh: the store is a file of the run directory.
 """
 
+import time
 from dataclasses import asdict
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +16,7 @@ from kvmesh.cli.render import console, print_json, print_table
 from kvmesh.cli.trace_ui import ui
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from rich.text import Text
@@ -56,6 +57,8 @@ CLOCK_MARKS = {"simulated": " simulated", "mixed": " partly simulated"}
 NAME_WIDTH = 28
 MIN_BAR = 12
 FINE_MS = 10.0  # a shorter trace is shown to the microsecond
+QUIET_S = 0.8  # longer than a span waits to be sent, and to be written
+SETTLE_S = 2.0  # a busy mesh sends some all the time
 MAX_WIDTH = 130  # a line that is longer is hard to follow with the eye
 
 
@@ -108,6 +111,7 @@ def show(
     from kvmesh.services.traces.tree import waterfall
 
     with _reader(run_dir) as reader:
+        _wait_for_spans(reader, run_dir)
         found = _find(reader, trace_id, simulated)
         rows = waterfall(reader.spans(found))
         twins = [each.trace_id for each in reader.linked(found) if each.clock == "simulated"]
@@ -132,6 +136,7 @@ def export(
     from kvmesh.services.traces.export import chrome_json, otlp_json
 
     with _reader(run_dir) as reader:
+        _wait_for_spans(reader, run_dir)
         spans = reader.spans(_find(reader, trace_id, simulated))
     print_json(chrome_json(spans) if format is ExportFormat.CHROME else otlp_json(spans))
 
@@ -148,6 +153,27 @@ def _reader(run_dir: "Path | None") -> "SpanReader":
             f"no spans: {path} does not exist; send a request to a mesh first, one with "
             'traces = true and, if OTEL_EXPORTER_OTLP_ENDPOINT is set, otlp = "join"'
         ) from None
+
+
+def settled(read: "Callable[[], float]", quiet_s: float, most_s: float) -> float:
+    """What `read` gives when it has given the same for quiet_s, and not 0; after most_s whatever it
+    gives."""
+    found = read()
+    started = changed = time.monotonic()
+    while time.monotonic() < min(changed + quiet_s, started + most_s):
+        time.sleep(0.1)
+        now = read()
+        if now != found or not now:
+            found, changed = now, time.monotonic()
+    return found
+
+
+def _wait_for_spans(reader: "SpanReader", run_dir: "Path | None") -> None:
+    """Members of a mesh send spans a while after a request: until no more come, if one runs."""
+    from kvmesh.integration.launch_state import resolve_run_dir, running_state
+
+    if running_state(resolve_run_dir(run_dir)) is not None:
+        settled(reader.num_spans, QUIET_S, SETTLE_S)
 
 
 def _find(reader: "SpanReader", wanted: str, simulated: bool = False) -> str:

@@ -35,15 +35,20 @@ class Rate(NamedTuple):
     floor_s: float
 
 
+def check_timed(device: Device) -> None:
+    """Raises DeviceError for a device that has no cost by op."""
+    if device.model == "cycle":
+        raise DeviceError(
+            f"device {device.name} is timed by a cycle simulator and has no cost by op; "
+            "choose another, or compile the model for it"
+        )
+
+
 class Rates:
     """Rates of one device. Raises DeviceError for what its file does not say."""
 
     def __init__(self, device: Device) -> None:
-        if device.model == "cycle":
-            raise DeviceError(
-                f"device {device.name} is timed by a cycle simulator and has no cost by op; "
-                "choose another, or compile the model for it"
-            )
+        check_timed(device)
         self._device = device
         self._bandwidth = device.memory.bandwidth_bytes_s.value
         self._found = device.efficiency

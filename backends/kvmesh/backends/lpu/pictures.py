@@ -114,7 +114,7 @@ def _axis(total: int, y: int) -> list[str]:
             f'<text class="s" x="{x:.1f}" y="{y + 33}" text-anchor="middle">{micro:.1f} µs</text>'
         )
     out.append(f'<text class="s" x="12" y="{y + 18}">cycles</text>')
-    out.append(f'<text class="s" x="12" y="{y + 33}">simulated</text>')
+    out.append(f'<text class="s" x="12" y="{y + 33}">simulated time</text>')
     return out
 
 

@@ -14,6 +14,7 @@ from kvmesh.backends.architectures import KV_FORMATS, WEIGHT_BYTES, ModelShape
 from kvmesh.backends.cost.memory import plan_memory
 from kvmesh.backends.cost.parallel import Formats, Parallel, check_parallel
 from kvmesh.backends.cost.price import Price, price_of
+from kvmesh.backends.cost.rates import check_timed
 from kvmesh.backends.devices import load_device
 from kvmesh.backends.devices.device import Device
 from kvmesh.backends.errors import ShapeError
@@ -134,8 +135,10 @@ def layout_of(degrees: dict[str, int], text: str) -> Parallel | None:
 def layouts(choice: Choice, model: ModelShape) -> list[Parallel]:
     """The layouts to try: the choice's own, or those within one scale-up domain that hold it.
 
-    Raises DoesNotFit if none does, naming what it takes.
+    Raises DoesNotFit if none does, naming what it takes; DeviceError for a device without a cost
+    by op.
     """
+    check_timed(choice.device)
     if choice.parallel is not None:
         plan_memory(choice.device, model, choice.parallel, choice.formats, mtp=choice.drafts > 0)
         return [choice.parallel]

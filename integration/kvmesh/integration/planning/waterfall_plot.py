@@ -23,6 +23,6 @@ def waterfall_plot(found: Waterfall, title: str) -> str:
         bars.append(Bar(hardware.name, full, final, f"x {hardware.factor:.2f}", whisker))
         bars.append(Bar(f"{found.final.device}, all on", final, final, f"{final:,.0f}", total=True))
     least = min(min(bar.start, *(bar.whisker or (bar.end,))) for bar in bars)
-    axis = Axis("output tokens/s per device", "log", low=least / 1.5)
+    axis = Axis("output tokens/s per device, logarithmic", "log", low=least / 1.5)
     note = "simulated; mean factor over orders, whiskers: least and most of any order"
     return bar_plot(BarPlot(title, axis, bars, note))

@@ -28,7 +28,8 @@ def read_pool(text: str, role: Role = "both", like: WorkerPool | None = None) ->
         degree = DEGREES.fullmatch(part)
         if degree is None or degree[1] in ("mtp", "p"):
             raise ScenarioError(
-                f"{text!r}: {part!r} is not understood; known: tp8, pp2, dp4, ep8, dep16"
+                f"{text!r}: {part!r} is not understood; known: tp8, pp2, dp4, ep8, dep16, "
+                "several by commas, as in 2xtp8,pp2"
             )
         degrees[degree[1]] = int(degree[2])
     try:
