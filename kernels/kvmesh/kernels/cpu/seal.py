@@ -71,7 +71,7 @@ def _encode_head(
         norms(space.work, space.norm, space.inverse, space.keep)
         turned = rotate(space.strip, space.work, dim, base, order)
         quads = space.quads + t * _FLOAT
-        encode(bits, turned, space.inverse, space.keep, quads, dim, keys)
+        encode(kind, bits, turned, (space.inverse, space.keep), quads, dim)
         sum_by_halves(turned, dim)
         scales(turned, space.norm, scales_at + 2 * t, root, share, keys)
     if kind:
@@ -126,4 +126,4 @@ def seal_layer(
             center = centers.ctypes.data + (kind * stride + head * dim) * _FLOAT
             vectors = tail.ctypes.data + kind * kinds + head * dim * _FLOAT
             _encode_head(kind, bits, vectors, stride, center, table, places, space, dim)
-    return arena.size > 0  # and so it lives until here
+    return bool(arena.size)  # which so lives until here

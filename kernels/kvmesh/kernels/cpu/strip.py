@@ -51,12 +51,11 @@ class Strip(Emitter):
 
     def transposed(self, rows: list[Any]) -> list[Any]:
         """The columns of LANES vectors: squares of 1, 2, 4... change places across the diagonal."""
+        rows = [*rows]
         span = 1
         while span < LANES:
-            low, high = ([], [])  # type: tuple[list[int], list[int]]
-            for i in range(LANES):
-                low.append(LANES + i - span if i & span else i)
-                high.append(LANES + i if i & span else i + span)
+            low = [LANES + i - span if i & span else i for i in range(LANES)]
+            high = [LANES + i if i & span else i + span for i in range(LANES)]
             for i in (i for i in range(LANES) if not i & span):
                 x, y = rows[i], rows[i + span]
                 rows[i], rows[i + span] = self.mix(x, y, low), self.mix(x, y, high)
