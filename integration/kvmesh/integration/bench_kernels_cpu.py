@@ -13,7 +13,7 @@ from kvmesh.kernels import reference
 from kvmesh.kernels.cpu import simd, stream
 from kvmesh.kernels.cpu.decode import attend_decode
 from kvmesh.kernels.cpu.decode_inputs import Cache, Queries
-from kvmesh.kernels.cpu.step import StepPlan, finish_blocks, run_layer, seal_blocks
+from kvmesh.kernels.cpu.step import StepPlan, run_layer, seal_blocks
 from kvmesh.kernels.layout import BLOCK_SIZE, KvLayout
 
 Floats = npt.NDArray[np.float32]
@@ -179,7 +179,6 @@ def sealing(
 
     def run() -> None:
         seal_blocks(layout, blocks, ids, tails, data.centers[None], case.threads)
-        finish_blocks(layout, blocks, ids, case.threads)
 
     return run, blocks
 

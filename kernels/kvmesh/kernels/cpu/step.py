@@ -14,10 +14,13 @@ from kvmesh.kernels import block as block_bytes
 from kvmesh.kernels.cpu.attend import attend
 from kvmesh.kernels.cpu.jit import cycles, entry
 from kvmesh.kernels.cpu.seal import seal_layer
-from kvmesh.kernels.cpu.threads import run_parts, split
-from kvmesh.kernels.cpu.tile import Pool, geometry, make_scratch, tables
+from kvmesh.kernels.cpu.threads import run_parts, run_shared, split
+from kvmesh.kernels.cpu.tile import Geometry, Pool, geometry, make_scratch, tables
+from kvmesh.kernels.cpu.vectors import take_one
 from kvmesh.kernels.errors import CodecError
 from kvmesh.kernels.layout import BLOCK_SIZE, CODECS, KvLayout
+
+_HEADS = 4  # that are sealed at once: enough for threads to share a few blocks
 
 Floats = npt.NDArray[np.float32]
 
@@ -166,39 +169,58 @@ def _check_shapes(
     if q.ndim != 3 or q.shape[1] == 0 or q.shape[1] % heads:
         raise ValueError(f"q has shape {q.shape}, heads must be a multiple of {heads}")
     for name, found, expected in (
-        ("pool", pool.shape[1:], (layout.block_bytes,)),
-        ("tails", tails.shape[1:], (layout.num_layers, 2, BLOCK_SIZE, heads, dim)),
         ("q", q.shape[2], dim),
         ("k", k.shape, (len(q), heads, dim)),
         ("v", v.shape, (len(q), heads, dim)),
-        ("centers", centers.shape, (layout.num_layers, 2, heads, dim)),
-        ("out", out.shape, q.shape),
     ):
         if found != expected:
             raise ValueError(f"{name} has shape {found}, expected {expected}")
-    for name, array, dtype in (
-        ("pool", pool, np.uint8),
-        ("tails", tails, np.float32),
-        ("centers", centers, np.float32),
-        ("out", out, np.float32),
+    layers = layout.num_layers
+    for name, array, dtype, shape in (
+        ("pool", pool, np.uint8, (len(pool), layout.block_bytes)),
+        ("tails", tails, np.float32, (len(tails), layers, 2, BLOCK_SIZE, heads, dim)),
+        ("centers", centers, np.float32, (layers, 2, heads, dim)),
+        ("out", out, np.float32, q.shape),
     ):
-        if array.dtype != dtype or not (array.flags.c_contiguous and array.flags.writeable):
-            raise ValueError(f"{name} must be {dtype.__name__}, C-contiguous and writable")
+        _check_fit(name, array, dtype, shape)
+
+
+def _check_fit(
+    name: str, array: npt.NDArray[Any], dtype: type[np.generic], shape: tuple[int, ...]
+) -> None:
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+    if array.dtype != dtype or not (array.flags.c_contiguous and array.flags.writeable):
+        raise ValueError(f"{name} must be {dtype.__name__}, C-contiguous and writable")
 
 
 @entry
-def _seal_part(
-    geo: Any, table: Any, pool: Any, block_ids: Any, tails: Any, centers: Any, part: Any
-) -> Any:
-    layer, first, end = part
-    for item in range(first, end):
-        number, head = item // geo.heads, item % geo.heads
+def _seal_items(
+    geos: Any, table: Any, blocks: Any, block_ids: Any, tails: Any, centers: Any, counters: Any,
+    failed: Any,
+) -> None:  # fmt: skip
+    """Takes items until there are none: some heads of a layer of a block, block by block.
+
+    geos: int64 [layers, 8], a Geometry each; counters: int64 [1 + blocks], the next item, then how
+    many of each block are done; failed: bool [blocks, layers], set where something is not finite.
+    """
+    layers = geos.shape[0]
+    heads = geos[0, 0]
+    parts = -(-heads // _HEADS)
+    pool = Pool(blocks, blocks.view(np.uint16), blocks.view(np.float32))
+    counts = counters.ctypes.data
+    while True:
+        item = take_one(counts, 0)
+        number, layer, part = item // (layers * parts), item // parts % layers, item % parts
+        if number >= block_ids.size:
+            break
+        at = geos[layer]
+        geo = Geometry(at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7])
+        some = part * _HEADS, min(part * _HEADS + _HEADS, heads)
         tail = tails[number, layer]
-        if not seal_layer(
-            geo, table, pool, block_ids[number], tail, centers, (head, head + 1)
-        ):  # fmt: skip
-            return number
-    return -1
+        if not seal_layer(geo, table, pool, block_ids[number], tail, centers[layer], some):
+            failed[number, layer] = True
+        take_one(counts, 1 + number)
 
 
 def seal_blocks(
@@ -209,41 +231,49 @@ def seal_blocks(
     centers: Floats,
     threads: int = 1,
 ) -> None:
-    """Seals full tails, fp32 [blocks, num_layers, 2, 64, Hkv, D], to rows `block_ids` of the pool;
-    `finish_blocks` is still to come. Threads share the heads of all blocks. See `run_layer`.
+    """Seals full tails, fp32 [blocks, num_layers, 2, 64, Hkv, D], to rows `block_ids` of the pool,
+    with header and checksum. Threads take heads and blocks from one list. See `run_layer`.
 
-    Raises CodecError if a tail holds a NaN or an infinity.
+    Raises ValueError for arrays that do not fit together, before anything is written, and
+    CodecError if a tail holds a NaN or an infinity; blocks of other tails are then complete.
     """
-    views = Pool(pool, pool.view(np.uint16), pool.view(np.float32))
-    for layer in range(layout.num_layers):
-        geo, table = geometry(layout, layer), tables(layout, layer)
+    heads, dim, layers = layout.num_kv_heads, layout.head_dim, layout.num_layers
+    _check_fit("pool", pool, np.uint8, (len(pool), layout.block_bytes))
+    _check_fit("tails", tails, np.float32, (len(block_ids), layers, 2, BLOCK_SIZE, heads, dim))
+    _check_fit("centers", centers, np.float32, (layers, 2, heads, dim))
+    if len(block_ids) and not 0 <= min(block_ids) <= max(block_ids) < len(pool):
+        raise ValueError(f"block ids are {block_ids.tolist()}, the pool has {len(pool)} blocks")
+    geos = np.array([geometry(layout, layer) for layer in range(layers)], np.int64)
+    table = tables(layout, 0)  # of which sealing needs what all layers share
+    counters = np.zeros(1 + len(block_ids), np.int64)
+    failed = np.zeros((len(block_ids), layers), np.bool_)
+    whole = layers * -(-heads // _HEADS)
+    waiting = dict.fromkeys(range(len(block_ids)), True)
 
-        def run(
-            first: int, end: int, layer: int = layer, geo: Any = geo, table: Any = table
-        ) -> int:
-            part = (layer, first, end)
-            return int(_seal_part(geo, table, views, block_ids, tails, centers[layer], part))
+    def run() -> None:
+        """Then writes the checksums of blocks that are sealed: whoever seals the last part of one
+        comes here later, so none is left over."""
+        _seal_items(geos, table, pool, block_ids, tails, centers, counters, failed)
+        for number, block_id in enumerate(block_ids.tolist()):
+            sealed = counters[1 + number] == whole and not failed[number].any()
+            if sealed and waiting.pop(number, False):
+                block_bytes.finish(layout, pool[block_id])
 
-        failed = run_parts(run, split(len(block_ids) * layout.num_kv_heads, threads))
-        if max(failed) >= 0:
-            raise CodecError(f"tail {max(failed)}, layer {layer} holds a NaN or an infinity")
+    run_shared(run, min(threads, max(1, whole * len(block_ids))))
+    if failed.any():
+        number, layer = divmod(int(failed.argmax()), layers)
+        raise CodecError(f"tail {number}, layer {layer} holds a NaN or an infinity")
 
 
-def finish_blocks(
-    layout: KvLayout, pool: npt.NDArray[np.uint8], block_ids: npt.ArrayLike, threads: int = 1
-) -> None:
+def finish_blocks(layout: KvLayout, pool: npt.NDArray[np.uint8], block_ids: npt.ArrayLike) -> None:
     """Writes header and checksum of blocks whose layers are all sealed. block_ids: int [any]."""
-    ids = np.atleast_1d(np.asarray(block_ids, np.int64)).tolist()
-
-    def run(first: int, end: int) -> None:
-        for block_id in ids[first:end]:
-            block_bytes.finish(layout, pool[block_id])
-
-    run_parts(run, split(len(ids), threads))
+    for block_id in np.atleast_1d(np.asarray(block_ids, np.int64)).tolist():
+        block_bytes.finish(layout, pool[block_id])
 
 
 def warm() -> None:
-    """Compiles every kernel, or loads it from the cache, by a tiny step of every codec."""
+    """Compiles every kernel that serving uses, or loads it from the cache, by a tiny step of every
+    codec."""
     for codec in CODECS:
         layout = KvLayout(1, 1, 32, codec, bytes(16))
         tails = np.zeros((1, 1, 2, BLOCK_SIZE, 1, 32), np.float32)

@@ -35,17 +35,10 @@ class Geometry(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """Constants of one layer; what differs between keys (0) and values (1) is stacked.
-
-    For codes of 1 to 4 bits (codebook.py), borders are the bits of the positive thresholds, filled
-    up with what no float is above; ladder is 2 u - 255 of the smallest magnitude, then the steps
-    from each magnitude to the next.
-    """
+    """Constants of one layer; what differs between keys (0) and values (1) is stacked."""
 
     signs: Any  # fp32 [dim], of rotation.py
     base: Any  # fp32 [m, m], of rotation.py
-    borders: Any  # int32 [2, 7]
-    ladder: Any  # int32 [2, 8]
     half_step: Any  # fp32 [2], of codebook.step
 
 
@@ -110,19 +103,12 @@ def tables(layout: KvLayout, layer: int) -> Tables:
     table = Tables(
         rotation.signs(layout.head_dim).copy(),
         rotation.base(layout.head_dim).copy(),
-        np.full((2, 7), np.iinfo(np.int32).max, np.int32),
-        np.zeros((2, 8), np.int32),
         np.zeros(2, np.float32),
     )
     codec = layout.planes(layer).codec
     for kind, bits in enumerate((codec.key_bits, codec.value_bits)):
         if bits <= 8:
             table.half_step[kind] = codebook.step(bits) / 2
-        if bits < 8:
-            half = 1 << (bits - 1)
-            table.borders[kind, : half - 1] = codebook.thresholds(bits)[half:].view(np.int32)
-            positive = 2 * codebook.grid(bits)[:half].astype(np.int32) - 255
-            table.ladder[kind, :half] = np.diff(positive, prepend=0)
     return table
 
 
