@@ -19,7 +19,7 @@ from kvmesh.kernels.cpu.lanes import (
     fetch_halves,
     largest,
 )
-from kvmesh.kernels.cpu.simd import AHEAD, ROWS
+from kvmesh.kernels.cpu.simd import ROWS
 from kvmesh.kernels.cpu.softmax import score_and_weigh_rows, score_rows, weigh_rows
 from kvmesh.kernels.cpu.tile import plane_at, read_floats
 from kvmesh.kernels.cpu.vectors import exp2, get, put
@@ -164,14 +164,17 @@ def _absorb_codes(
     geo: Any, units: Any, places: Any, head: int, rows: int, at: Any, view: Any, start: int
 ) -> None:
     """Adds one head of a block. units: half steps of keys and values; places: addresses of the
-    block, and of one that is read soon."""
-    here, there = places
+    block, and of the two that are read next."""
+    here, soon, later = places
     keys, values = plane_at(geo, 0, head), plane_at(geo, 1, head)
     key_scales = geo.key_scales + head * BLOCK_SIZE * 2
     value_scales = geo.value_scales + head * BLOCK_SIZE * 2
-    fetch_halves(there + key_scales)
-    fetch_halves(there + value_scales)
-    planes = (here + keys, there + keys), (here + values, there + values)
+    fetch_halves(soon + key_scales)
+    fetch_halves(soon + value_scales)
+    planes = (
+        (here + keys, soon + keys, later + keys),
+        (here + values, soon + values, later + values),
+    )
     scales = (here + key_scales, units[0]), (here + value_scales, units[1])
     for first in range(0, rows, ROWS):
         _absorb_rows(geo, planes, scales, at, (first, min(ROWS, rows - first)), view, start)
@@ -192,8 +195,8 @@ def absorb(
         if view.window > 0 and newest <= view.query - view.window + 1 and start >= view.kept:
             continue  # out of the first query's window, and so of all
         if geo.key_bits <= 8:
-            following = blocks[min(b + AHEAD, blocks.size - 1)]
-            places = base + blocks[b] * stride, base + following * stride
+            soon, later = blocks[min(b + 1, blocks.size - 1)], blocks[min(b + 2, blocks.size - 1)]
+            places = base + blocks[b] * stride, base + soon * stride, base + later * stride
             _absorb_codes(geo, units, places, head, rows, at, view, start)
         else:
             read_floats(geo, pool, blocks[b], head, scratch)

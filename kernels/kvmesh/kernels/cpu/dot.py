@@ -24,7 +24,7 @@ class _Loop:
     """Emits the body of one function: the codes' width, rows and the instruction set are fixed."""
 
     def __init__(self, path: simd.Portable, bits: int, rows: int, function: Any) -> None:
-        codes, wide, high, low, out, self.length, self.lanes, self.o_stride, self.next = (
+        codes, wide, high, low, out, self.length, self.lanes, self.o_stride, *self.ahead = (
             function.args
         )
         self.path, self.bits, self.rows = path, bits, rows
@@ -96,9 +96,10 @@ class _Loop:
         return [self._load(at) for at in places]
 
     def _prefetch(self, places: list[Any]) -> None:
-        """Asks for the next plane's lines that lie where these words do, one of each group."""
+        """Asks for the lines of the planes ahead that lie where these words do."""
         for at in places[:: LANES // self.path.lanes]:
-            simd.prefetch(self.b, self.b.add(self.next, at))
+            for plane, level in zip(self.ahead, self.path.levels, strict=False):
+                simd.prefetch(self.b, self.b.add(plane, at), level)
 
     def _all_words(self, firsts: list[Any], sums: list[list[list[Any]]]) -> None:
         """firsts: each group's first lane; sums: allocas, by group, row."""
@@ -179,12 +180,12 @@ def dot_function(module: Any, path: simd.Portable, bits: int, rows: int) -> Any:
     """A module's function for one width and number of rows: compiled once, never inlined.
 
     Its arguments, int64: addresses of codes, weights, high and low bytes, out; length, lanes,
-    elements between rows of out; address of the plane that is read next.
+    elements between rows of out; addresses of the planes that are read next, and then.
     """
     name = f"kvmesh_dot_{path.name}_{bits}_{rows}"
     if name in module.globals:
         return module.globals[name]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_I64] * 9), name)
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_I64] * 10), name)
     function.linkage = "linkonce_odr"
     function.attributes.add("noinline")
     _Loop(path, bits, rows, function).emit()
@@ -193,7 +194,7 @@ def dot_function(module: Any, path: simd.Portable, bits: int, rows: int) -> Any:
 
 def _emit_rows(builder: Any, path: simd.Portable, bits: int, arguments: Any) -> None:
     """Calls the largest function that the rows left have work for, until none is left."""
-    codes, wide, high, low, out, count, length, lanes, stride, following = arguments
+    codes, wide, high, low, out, count, length, lanes, stride, *ahead = arguments
     done = cgutils.alloca_once_value(builder, _I64(0))
     for rows in (4, 2, 1):
         loop = builder.append_basic_block()
@@ -213,7 +214,7 @@ def _emit_rows(builder: Any, path: simd.Portable, bits: int, arguments: Any) -> 
             builder.add(out, builder.mul(builder.mul(at, stride), _I64(4))),
         )
         function = dot_function(builder.module, path, bits, rows)
-        builder.call(function, [codes, *places, length, lanes, stride, following])
+        builder.call(function, [codes, *places, length, lanes, stride, *ahead])
         builder.store(builder.add(at, _I64(rows)), done)
         builder.branch(loop)
         builder.position_at_end(after)
@@ -243,13 +244,13 @@ def make_dot(path: str) -> Any:
 
     def dot(
         typing_context: Any, bits: Any, codes: Any, wide: Any, high: Any, low: Any, out: Any,
-        count: Any, length: Any, lanes: Any, stride: Any, following: Any,
+        count: Any, length: Any, lanes: Any, stride: Any, following: Any, later: Any,
     ) -> Any:  # fmt: skip
         def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             emit_dot(builder, simd.PATHS[path], arguments)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 11), emit
+        return types.void(*[types.int64] * 12), emit
 
     return intrinsic(dot)
 
@@ -287,10 +288,10 @@ def dot_rows(
     planes: addresses of one head's plane, and of the one that is read next; out: of int32
     [count, stride], stride at least lanes.
     """
-    codes, following = planes
+    codes, following, later = planes
     first, count = rows
     at = first * weights.length
     _dot(
         bits, codes, weights.wide + 2 * at, weights.high + at, weights.low + at, out, count,
-        weights.length, lanes, stride, following,
+        weights.length, lanes, stride, following, later,
     )  # fmt: skip

@@ -30,13 +30,12 @@ def _shuffle(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(order)), order))
 
 
-def prefetch(builder: Any, address: Any) -> None:
-    """Asks for the cache line at an int64 address, to read it soon."""
+def prefetch(builder: Any, address: Any, level: int = 1) -> None:
+    """Asks for the cache line at an int64 address, to read it soon. level: 1 for the first cache."""
     kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
     fetch = builder.module.declare_intrinsic("llvm.prefetch", [_I8.as_pointer()], kind)
     place = builder.inttoptr(address, _I8.as_pointer())
-    near = _I32(PATHS[CHOSEN].near)
-    builder.call(fetch, [place, _I32(0), near, _I32(1)])  # to read, data
+    builder.call(fetch, [place, _I32(0), _I32(4 - level), _I32(1)])  # to read, data
 
 
 class Portable:
@@ -45,8 +44,7 @@ class Portable:
     name = "portable"
     lanes = 8
     groups = 2  # of lanes that share the loads of weights; all lanes are a multiple of 16
-    near = 3  # the cache that is filled ahead of use, as LLVM counts: 3 is the first, 2 the second
-    ahead = 1  # tiles
+    levels: tuple[int, ...] = (1,)  # caches that are filled one tile ahead of use, two tiles, ...
     strict = True  # whether the bits of an index that a lookup does not mind must be clear
     sums = 1  # accumulators of each row
     halves = 1  # parts that a register of octets is multiplied in
@@ -139,7 +137,7 @@ class Avx512(Portable):
     halves = 1
     sums = 2  # of the high and of the low bytes
     split = True
-    near, ahead = 2, 2  # waiting for memory, lines of the first cache would be too few
+    levels = (1, 2)  # the first cache can wait for few lines at a time: not for memory too
 
     def lookup(self, builder: Any, table: Any, index: Any) -> Any:
         kind = ir.VectorType(_I8, 64)
@@ -269,5 +267,4 @@ def _chosen() -> str:
 
 
 CHOSEN = _chosen()
-AHEAD = PATHS[CHOSEN].ahead  # tiles that are asked of memory before their use
 binding.initialize_native_asmparser()  # for the lines of assembly in Avx2
