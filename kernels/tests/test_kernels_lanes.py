@@ -101,7 +101,8 @@ def test_scores_of_four_rows():
     scores = np.zeros((4, 64), np.float32)
     score(dots, scales.view(np.uint16), unit, units, offsets, biases, scores)
     whole = (2 * dots[:, :64] - offsets[:, None]).astype(np.float32) * (units * unit)[:, None]
-    np.testing.assert_array_equal(scores, biases[:, None] + whole * scales.astype(np.float32))
+    exact = biases[:, None] + whole.astype(np.float64) * scales.astype(np.float64)
+    np.testing.assert_array_equal(scores, exact.astype(np.float32))
 
 
 def test_scoring_and_weighing_in_one_go_is_the_same():
@@ -143,7 +144,7 @@ def test_accumulate():
         dots = rng.integers(-1000, 1000, (4, 256)).astype(np.int32)
         mixed = rng.standard_normal((4, size)).astype(np.float32)
         more = (2 * dots[:, :size] - offsets[:, None]).astype(np.float32) * (units * unit)[:, None]
-        want = mixed * fades[:, None] + more
+        want = (mixed.astype(np.float64) * fades[:, None] + more).astype(np.float32)
         want[3] = mixed[3]  # beyond the count
         accumulate(dots, mixed, 3, unit, units, offsets, fades)
         np.testing.assert_array_equal(mixed, want)

@@ -69,8 +69,9 @@ def _accumulate(
             i = b.mul(loop.index, I64(WIDE))
             dot = at.load(I32, dots, b.add(from_dots, i))
             more = b.fmul(at.centered(dot, offset), own)
-            before = b.fmul(at.load(FLOAT, mixed, b.add(into, i)), fade)
-            at.store(FLOAT, b.fadd(before, more), mixed, b.add(into, i))
+            place = b.add(into, i)
+            sum_of_both = at.fused(at.load(FLOAT, mixed, place), fade, more)
+            at.store(FLOAT, sum_of_both, mixed, place)
 
 
 def _add_products(b: Any, x: Any, y: Any, size: Any) -> Any:

@@ -100,7 +100,7 @@ class Avx2(Portable):
         call = ir.FunctionType(kind, [kind, kind])
         both = _shuffle(builder, table, table, [i % 16 for i in range(32)])
         name = "llvm.x86.avx2.pshuf.b"
-        return builder.call(_declare(builder, name, call), [both, index])
+        return builder.call(declared(builder, name, call), [both, index])
 
     def half(self, builder: Any, octets: Any, number: int) -> Any:
         """Elements 0 and 2 of every word, or 1 and 3, as 16-bit integers."""
@@ -142,7 +142,7 @@ class Avx512(Portable):
     def lookup(self, builder: Any, table: Any, index: Any) -> Any:
         kind = ir.VectorType(_I8, 64)
         all_four = _shuffle(builder, table, table, [i % 16 for i in range(64)])
-        shuffle = _declare(
+        shuffle = declared(
             builder, "llvm.x86.avx512.pshuf.b.512", ir.FunctionType(kind, [kind, kind])
         )
         return builder.call(shuffle, [all_four, index])
@@ -160,7 +160,7 @@ class Avx512(Portable):
     def dot(self, builder: Any, total: Any, octets: Any, weights: Any) -> Any:
         kind = ir.VectorType(_I32, 16)
         name = "llvm.x86.avx512.vpdpbusd.512"
-        call = _declare(builder, name, ir.FunctionType(kind, [kind, kind, kind]))
+        call = declared(builder, name, ir.FunctionType(kind, [kind, kind, kind]))
         return builder.call(call, [total, octets, weights])
 
     def add(self, builder: Any, sums: list[Any], part: Any, weights: Any) -> list[Any]:
@@ -183,7 +183,7 @@ class Vbmi(Avx512):
     def lookup(self, builder: Any, table: Any, index: Any) -> Any:
         kind = ir.VectorType(_I8, 64)
         all_four = _shuffle(builder, table, table, [i % 16 for i in range(64)])
-        permute = _declare(
+        permute = declared(
             builder, "llvm.x86.avx512.permvar.qi.512", ir.FunctionType(kind, [kind, kind])
         )
         return builder.call(permute, [all_four, index])
@@ -237,7 +237,7 @@ def called(
     return builder.call(function, arguments)
 
 
-def _declare(builder: Any, name: str, kind: Any) -> Any:
+def declared(builder: Any, name: str, kind: Any) -> Any:
     known = builder.module.globals.get(name)
     return known if known is not None else ir.Function(builder.module, kind, name)
 

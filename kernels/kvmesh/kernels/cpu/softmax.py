@@ -73,8 +73,7 @@ class _Rows:
             first = b.mul(stride, I64(row))
             found = [at.load(I32, dots, b.add(first, i)) for i in tile_rows()]
             found = [b.fmul(at.centered(x, offset), one) for x in found]
-            found = [b.fmul(x, factor) for x, factor in zip(found, factors, strict=True)]
-            rows.append([b.fadd(bias, x) for x in found])
+            rows.append([at.fused(x, y, bias) for x, y in zip(found, factors, strict=True)])
         return rows
 
     def powers(self, scores: list[Any], base: Any, seen: Any) -> list[Any]:

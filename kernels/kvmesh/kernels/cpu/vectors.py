@@ -1,7 +1,8 @@
 """Functions of vectors, emitted as LLVM IR.
 
-A loop that LLVM does not turn into vectors costs more here than the dot products. Nothing is fused
-and each sum has one order, so every instruction set finds the same bits. Addresses and sizes are
+A loop that LLVM does not turn into vectors costs more here than the dot products. A product is
+rounded before it is added but where `fused` says so, and each sum has one order: so every
+instruction set finds the same bits. Addresses and sizes are
 int64.
 """
 
@@ -67,6 +68,13 @@ class Emitter:
     def store(self, scalar: Any, value: Any, address: Any, index: Any) -> None:
         self.b.store(value, self.place(scalar, address, index), align=4)
 
+    def fused(self, x: Any, y: Any, z: Any) -> Any:
+        """x * y + z, rounded once; where a processor cannot, LLVM calls a function that does."""
+        kind = self.kind(FLOAT)
+        name = "llvm.fma.f32" if self.width == 1 else f"llvm.fma.v{self.width}f32"
+        call = simd.declared(self.b, name, ir.FunctionType(kind, [kind] * 3))
+        return self.b.call(call, [x, y, z])
+
     def larger(self, x: Any, y: Any) -> Any:
         return self.b.select(self.b.fcmp_ordered(">", x, y), x, y)
 
@@ -117,8 +125,8 @@ class Emitter:
         rest = [b.fsub(x, n) for x, n in zip(values, whole, strict=True)]
         powers = [self.real(_POWERS[0])] * len(rest)
         for factor in _POWERS[1:]:
-            powers = [b.fmul(p, r) for p, r in zip(powers, rest, strict=True)]
-            powers = [b.fadd(p, self.real(factor)) for p in powers]
+            term = self.real(factor)
+            powers = [self.fused(p, r, term) for p, r in zip(powers, rest, strict=True)]
         exponents = [b.shl(b.bitcast(x, self.kind(I32)), self.integer(23)) for x in shifted]
         return [
             b.bitcast(b.add(b.bitcast(p, self.kind(I32)), n), self.kind(FLOAT))
