@@ -125,6 +125,27 @@ def test_trace_page_lists_newest_first_and_filters(page) -> None:  # type: ignor
     assert "q=" not in page.url
 
 
+def test_trace_page_shows_no_late_answer_to_earlier_filters(page) -> None:  # type: ignore[no-untyped-def]
+    held = []
+    page.route(
+        re.compile(r"api/traces\?"),
+        lambda route: route.continue_() if "=error" in route.request.url else held.append(route),
+    )
+    for _ in range(400):  # until the page asks again by itself
+        if held:
+            break
+        page.wait_for_timeout(50)
+    page.select_option("select[name=status]", "error")
+    expect_ids(page, "bad")
+    page.evaluate(
+        "() => { window.changes = 0; new MutationObserver(() => { window.changes += 1; })"
+        ".observe(document.querySelector('tbody'), { childList: true }); }"
+    )
+    with page.expect_request(lambda request: "=error" in request.url):  # the next look
+        held[0].continue_()
+    assert page.evaluate("window.changes") == 0
+
+
 def test_trace_page_is_live(page, store: Path) -> None:  # type: ignore[no-untyped-def]
     page.fill("#search", "newcomer")
     expect_ids(page)

@@ -11,9 +11,11 @@ export function latencyView(main, query, changed) {
       onclick: (e) => { query.set("metric", name); for (const b of seg.children) b.setAttribute("aria-pressed", String(b === e.target)); changed(); } }, label)));
   const form = filterForm(query, changed);
   main.replaceChildren(h("div", { class: "bar" }, h("h1", { class: "grow" }, "Latency over time"), seg), form, charts);
-  let last = "";
+  let last = "", asked = 0;
   return async () => {
+    const mine = ++asked;
     const [data, list] = await Promise.all([api(`api/latency?${query}`), api("api/traces?limit=1")]);
+    if (mine !== asked) return;
     for (const [name, values] of Object.entries(list.facets)) {
       const box = form.querySelector(`select[name=${name}]`);
       if (box && box.options.length !== values.length + 1) box.replaceChildren(h("option", { value: "" }, "any"),

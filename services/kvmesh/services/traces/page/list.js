@@ -73,9 +73,11 @@ export function listView(main, query, changed, counters) {
     h("td", { class: "num" }, ms(t.duration_ms)), h("td", { class: "num opt" }, count(t.input_tokens)),
     h("td", { class: "num opt" }, count(t.cached_tokens)), h("td", { class: "num opt" }, count(t.output_tokens)),
     h("td", { class: "num opt" }, usd(t.cost_usd)), h("td", { class: "num opt" }, count(t.num_spans)));
-  let last = "";
+  let last = "", asked = 0;
   return async () => {
+    const mine = ++asked;
     const data = await api(`api/traces?${query}`);
+    if (mine !== asked) return;  // of filters that were changed meanwhile
     counters(data.counters);
     fillFacets(form, data.facets, query);
     compare.disabled = chosen.size !== 2;
