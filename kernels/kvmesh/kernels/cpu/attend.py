@@ -22,6 +22,7 @@ from kvmesh.kernels.cpu.lanes import (
 from kvmesh.kernels.cpu.simd import AHEAD, ROWS
 from kvmesh.kernels.cpu.softmax import score_and_weigh_rows, score_rows, weigh_rows
 from kvmesh.kernels.cpu.tile import plane_at, read_floats
+from kvmesh.kernels.cpu.unpack import MANY_ROWS, unpacked
 from kvmesh.kernels.cpu.vectors import exp2, get, put
 from kvmesh.kernels.layout import BLOCK_SIZE
 
@@ -126,17 +127,17 @@ def _absorb_floats(scratch: Any, row: int, view: Any, start: int) -> None:
 
 @kernel
 def _absorb_rows(
-    geo: Any, planes: Any, scales: Any, at: Any, rows: Any, view: Any, start: int
+    geo: Any, codes: Any, scales: Any, at: Any, rows: Any, view: Any, start: int
 ) -> None:
     """Adds one head of a block to `rows` (first, count), see `_absorb_codes`.
 
     Softmax is of ROWS rows: those past the end are there, and no one's.
     """
-    (keys, values), ((key_scales, key_unit), (value_scales, value_unit)) = planes, scales
+    (keys, values), ((key_scales, key_unit), (value_scales, value_unit)) = codes, scales
     first, count = rows
     queries, mixing = at.queries, at.mixing
     stride = max(geo.dim, BLOCK_SIZE)
-    dot_rows(geo.key_bits, keys, queries, rows, at.dots, BLOCK_SIZE, stride)
+    dot_rows(keys[0], keys[1], queries, rows, at.dots, BLOCK_SIZE, stride)
     units, offsets = queries.unit + 4 * first, queries.offset + 4 * first
     bias, peak, total = at.bias + 4 * first, at.peak + 4 * first, at.total + 4 * first
     if view.cap > _ZERO or view.window > 0:
@@ -152,7 +153,7 @@ def _absorb_rows(
             at.dots, stride, key_scales, key_unit, units, offsets, bias, value_scales,
             peak, total, at.fades, mixing.wide, mixing.high, mixing.low, mixing.unit, mixing.offset,
         )  # fmt: skip
-    dot_rows(geo.value_bits, values, mixing, (0, count), at.dots, geo.dim, stride)
+    dot_rows(values[0], values[1], mixing, (0, count), at.dots, geo.dim, stride)
     accumulate(
         at.dots, stride, at.mixed + 4 * geo.dim * first, geo.dim, count, value_unit,
         mixing.unit, mixing.offset, at.fades,
@@ -171,10 +172,16 @@ def _absorb_codes(
     value_scales = geo.value_scales + head * BLOCK_SIZE * 2
     fetch_halves(there + key_scales)
     fetch_halves(there + value_scales)
-    planes = (here + keys, there + keys), (here + values, there + values)
+    key_codes = geo.key_bits, (here + keys, there + keys)
+    value_codes = geo.value_bits, (here + values, there + values)
+    if rows >= MANY_ROWS:
+        key_codes = unpacked(*key_codes, at.codes, geo.dim, BLOCK_SIZE)
+        room = at.codes + geo.dim * BLOCK_SIZE
+        value_codes = unpacked(*value_codes, room, BLOCK_SIZE, geo.dim)
+    codes = key_codes, value_codes
     scales = (here + key_scales, units[0]), (here + value_scales, units[1])
     for first in range(0, rows, ROWS):
-        _absorb_rows(geo, planes, scales, at, (first, min(ROWS, rows - first)), view, start)
+        _absorb_rows(geo, codes, scales, at, (first, min(ROWS, rows - first)), view, start)
 
 
 @kernel

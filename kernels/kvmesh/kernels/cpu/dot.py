@@ -20,7 +20,7 @@ WIDTHS = (2, 3, 4, 8)
 LANES = 16  # what any number of lanes is a multiple of
 
 
-class _Loop:
+class Loop:
     """Emits the body of one function: the codes' width, rows and the instruction set are fixed."""
 
     def __init__(self, path: simd.Portable, bits: int, rows: int, function: Any) -> None:
@@ -187,7 +187,7 @@ def dot_function(module: Any, path: simd.Portable, bits: int, rows: int) -> Any:
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_I64] * 9), name)
     function.linkage = "linkonce_odr"
     function.attributes.add("noinline")
-    _Loop(path, bits, rows, function).emit()
+    Loop(path, bits, rows, function).emit()
     return function
 
 
