@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvmesh.kernels.cpu.dot import dot_rows, set_weights
+from kvmesh.kernels.cpu.floats import mix, scaled, score
 from kvmesh.kernels.cpu.hadamard import hadamard
 from kvmesh.kernels.cpu.jit import kernel
 from kvmesh.kernels.cpu.lanes import (
@@ -44,37 +45,6 @@ class View(NamedTuple):
 
 
 PLAIN = View(_ZERO, np.int64(0), np.int64(0), np.int64(0), np.int64(1))
-
-
-@kernel
-def _score(query: Any, keys: Any, out: Any) -> None:
-    """out[t] = sum over j of query[j] * keys[j, t], j ascending; four rows per pass."""
-    for t in range(BLOCK_SIZE):
-        out[t] = _ZERO
-    for j in range(0, query.size, 4):
-        q0, q1, q2, q3 = query[j], query[j + 1], query[j + 2], query[j + 3]
-        for t in range(BLOCK_SIZE):
-            part = out[t] + q0 * keys[j, t]
-            part = part + q1 * keys[j + 1, t]
-            part = part + q2 * keys[j + 2, t]
-            out[t] = part + q3 * keys[j + 3, t]
-
-
-@kernel
-def _mix(weights: Any, values: Any, count: int, out: Any) -> None:
-    """out[j] += sum over t < count of weights[t] * values[t, j], t ascending."""
-    whole = count // 4 * 4
-    for t in range(0, whole, 4):
-        w0, w1, w2, w3 = weights[t], weights[t + 1], weights[t + 2], weights[t + 3]
-        for j in range(out.size):
-            part = out[j] + w0 * values[t, j]
-            part = part + w1 * values[t + 1, j]
-            part = part + w2 * values[t + 2, j]
-            out[j] = part + w3 * values[t + 3, j]
-    for t in range(whole, count):
-        w0 = weights[t]
-        for j in range(out.size):
-            out[j] = out[j] + w0 * values[t, j]
 
 
 @kernel
@@ -116,13 +86,13 @@ def _weigh(at: Any, scores: int, row: int) -> Any:
 @kernel
 def _absorb_floats(scratch: Any, row: int, view: Any, start: int) -> None:
     """Adds a tile of floats to a row's state."""
-    _score(scratch.queries[row], scratch.keys, scratch.weights)
+    own, mixed = scratch.queries[row], scratch.mixed[row]
+    score(own.ctypes.data, scratch.keys.ctypes.data, scratch.at.weights, own.size)
     _look(scratch.at.weights, view, row, start)
     fade = _weigh(scratch.at, scratch.at.weights, row)
-    mixed = scratch.mixed[row]
-    for j in range(mixed.size):
-        mixed[j] = mixed[j] * fade
-    _mix(scratch.weights, scratch.values, BLOCK_SIZE, mixed)
+    scaled(mixed.ctypes.data, fade, mixed.ctypes.data, mixed.size)
+    values = scratch.values.ctypes.data
+    mix(scratch.at.weights, values, mixed.size, BLOCK_SIZE, mixed.ctypes.data, mixed.size)
 
 
 @kernel
@@ -218,15 +188,13 @@ def start_row(geo: Any, table: Any, query: Any, center: Any, scratch: Any, row: 
     norm = np.float32(1.0 / np.sqrt(geo.dim))
     scale = norm * LOG2E
     bias = _ZERO
-    for j in range(geo.dim):
-        own[j] = query[j] * scale
+    scaled(query.ctypes.data, scale, own.ctypes.data, geo.dim)
     if geo.key_bits <= 8:
         bias = add_products(own.ctypes.data, center.ctypes.data, geo.dim)
         for j in range(geo.dim):
             own[j] = own[j] * table.signs[j]
         hadamard(own, table.base)
-        for j in range(geo.dim):
-            own[j] = own[j] * norm  # of H
+        scaled(own.ctypes.data, norm, own.ctypes.data, geo.dim)  # of H
         set_weights(scratch.at.queries, row, own.ctypes.data)
     put(scratch.at.bias, row, bias)
 
@@ -265,17 +233,18 @@ def absorb_tail(
     V's own space, to a row whose sum is in V's own space. start: position of the first."""
     own = scratch.queries[row]
     scale = np.float32(1.0 / np.sqrt(own.size)) * LOG2E
-    for j in range(own.size):
-        own[j] = query[j] * scale
-    _score(own, scratch.keys, scratch.weights)
+    scaled(query.ctypes.data, scale, own.ctypes.data, own.size)
+    score(own.ctypes.data, scratch.keys.ctypes.data, scratch.at.weights, own.size)
     _look(scratch.at.weights, view, row, start)
     for t in range(count, BLOCK_SIZE):
         scratch.weights[t] = _NEVER
     fade = _weigh(scratch.at, scratch.at.weights, row)
     mixed = scratch.mixed[row]
-    for j in range(mixed.size):
-        mixed[j] = mixed[j] * fade
-    _mix(scratch.weights, values, count, mixed)
+    scaled(mixed.ctypes.data, fade, mixed.ctypes.data, mixed.size)
+    mix(
+        scratch.at.weights, values.ctypes.data, values.strides[0] // 4, count,
+        mixed.ctypes.data, mixed.size,
+    )  # fmt: skip
 
 
 @kernel
