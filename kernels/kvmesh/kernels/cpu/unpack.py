@@ -64,8 +64,8 @@ def _emit(builder: Any, path: simd.Portable, arguments: Any) -> None:
 
 
 def make_unpack(path: str) -> Any:
-    """A Numba function of addresses and sizes (int64): (bits, codes, out, length, lanes, addresses of
-    the planes that are read next, and then, which come into the caches meanwhile).
+    """A Numba function of addresses and sizes (int64): (bits, codes, out, length, lanes, addresses
+    of the planes that are read next, and then, which come into the caches meanwhile).
 
     Writes u of every code, uint8 [length / 4, lanes, 4].
     """
