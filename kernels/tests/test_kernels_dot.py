@@ -11,6 +11,7 @@ from llvmlite import binding, ir
 from kvmesh.kernels import codebook, reference
 from kvmesh.kernels.cpu import simd
 from kvmesh.kernels.cpu.dot import dot_function, make_dot
+from kvmesh.kernels.cpu.unpack import make_unpack
 
 PATHS = [*simd.available(), "emulated"]
 
@@ -41,13 +42,40 @@ def test_every_path_computes_the_same_integers(path, bits):
         plane = reference.pack(codes, bits).reshape(-1)
         out = np.full((rows + 1, lanes + 16), -1, np.int32)
         places = (x.ctypes.data for x in (plane, wide, high, low, out))
-        compiled(path)(bits, *places, rows, length, lanes, lanes + 16, plane.ctypes.data)
+        compiled(path)(bits, *places, rows, length, lanes, lanes + 16, *[plane.ctypes.data] * 2)
         assert (out[rows] == -1).all() and (out[:, lanes:] == -1).all()
         out = out[:rows, :lanes]
         u = codebook.grid(bits)[codes[0]].astype(np.int64)
         np.testing.assert_array_equal(out, (weights.astype(np.int64) @ u).astype(np.int32))
         centered = 2 * out - np.int32(255) * weights.sum(axis=1, dtype=np.int32)[:, None]
         np.testing.assert_array_equal(centered, weights.astype(np.int64) @ (2 * u - 255))
+
+
+@functools.cache
+def unpacking(path):
+    unpack = make_unpack(path)
+
+    @numba.njit
+    def run(*arguments):
+        unpack(*arguments)
+
+    return run
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("path", PATHS)
+def test_unpacked_codes_are_a_plane_of_bytes(path, bits):
+    rng = np.random.default_rng(bits)
+    for length, lanes in ((32, 64), (48, 64), (256, 64), (64, 16), (64, 80), (64, 256)):
+        codes = rng.integers(0, 1 << bits, (1, length, lanes)).astype(np.uint8)
+        plane = reference.pack(codes, bits).reshape(-1)
+        out = np.full(length * lanes + 64, 7, np.uint8)
+        unpacking(path)(
+            bits, plane.ctypes.data, out.ctypes.data, length, lanes, *[plane.ctypes.data] * 2
+        )
+        u = codebook.grid(bits)[codes]
+        np.testing.assert_array_equal(out[:-64], reference.pack(u, 8).reshape(-1))
+        assert (out[-64:] == 7).all()
 
 
 def assembly(path, bits, cpu):

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kvmesh.kernels.cpu.dot import dot_rows, set_weights
+from kvmesh.kernels.cpu.floats import mix, scaled, score
 from kvmesh.kernels.cpu.hadamard import hadamard
 from kvmesh.kernels.cpu.jit import kernel
 from kvmesh.kernels.cpu.lanes import (
@@ -22,6 +23,7 @@ from kvmesh.kernels.cpu.lanes import (
 from kvmesh.kernels.cpu.simd import ROWS
 from kvmesh.kernels.cpu.softmax import score_and_weigh_rows, score_rows, weigh_rows
 from kvmesh.kernels.cpu.tile import plane_at, read_floats
+from kvmesh.kernels.cpu.unpack import MANY_ROWS, unpacked
 from kvmesh.kernels.cpu.vectors import exp2, get, put
 from kvmesh.kernels.layout import BLOCK_SIZE
 
@@ -43,37 +45,6 @@ class View(NamedTuple):
 
 
 PLAIN = View(_ZERO, np.int64(0), np.int64(0), np.int64(0), np.int64(1))
-
-
-@kernel
-def _score(query: Any, keys: Any, out: Any) -> None:
-    """out[t] = sum over j of query[j] * keys[j, t], j ascending; four rows per pass."""
-    for t in range(BLOCK_SIZE):
-        out[t] = _ZERO
-    for j in range(0, query.size, 4):
-        q0, q1, q2, q3 = query[j], query[j + 1], query[j + 2], query[j + 3]
-        for t in range(BLOCK_SIZE):
-            part = out[t] + q0 * keys[j, t]
-            part = part + q1 * keys[j + 1, t]
-            part = part + q2 * keys[j + 2, t]
-            out[t] = part + q3 * keys[j + 3, t]
-
-
-@kernel
-def _mix(weights: Any, values: Any, count: int, out: Any) -> None:
-    """out[j] += sum over t < count of weights[t] * values[t, j], t ascending."""
-    whole = count // 4 * 4
-    for t in range(0, whole, 4):
-        w0, w1, w2, w3 = weights[t], weights[t + 1], weights[t + 2], weights[t + 3]
-        for j in range(out.size):
-            part = out[j] + w0 * values[t, j]
-            part = part + w1 * values[t + 1, j]
-            part = part + w2 * values[t + 2, j]
-            out[j] = part + w3 * values[t + 3, j]
-    for t in range(whole, count):
-        w0 = weights[t]
-        for j in range(out.size):
-            out[j] = out[j] + w0 * values[t, j]
 
 
 @kernel
@@ -115,28 +86,28 @@ def _weigh(at: Any, scores: int, row: int) -> Any:
 @kernel
 def _absorb_floats(scratch: Any, row: int, view: Any, start: int) -> None:
     """Adds a tile of floats to a row's state."""
-    _score(scratch.queries[row], scratch.keys, scratch.weights)
+    own, mixed = scratch.queries[row], scratch.mixed[row]
+    score(own.ctypes.data, scratch.keys.ctypes.data, scratch.at.weights, own.size)
     _look(scratch.at.weights, view, row, start)
     fade = _weigh(scratch.at, scratch.at.weights, row)
-    mixed = scratch.mixed[row]
-    for j in range(mixed.size):
-        mixed[j] = mixed[j] * fade
-    _mix(scratch.weights, scratch.values, BLOCK_SIZE, mixed)
+    scaled(mixed.ctypes.data, fade, mixed.ctypes.data, mixed.size)
+    values = scratch.values.ctypes.data
+    mix(scratch.at.weights, values, mixed.size, BLOCK_SIZE, mixed.ctypes.data, mixed.size)
 
 
 @kernel
 def _absorb_rows(
-    geo: Any, planes: Any, scales: Any, at: Any, rows: Any, view: Any, start: int
+    geo: Any, codes: Any, scales: Any, at: Any, rows: Any, view: Any, start: int
 ) -> None:
     """Adds one head of a block to `rows` (first, count), see `_absorb_codes`.
 
     Softmax is of ROWS rows: those past the end are there, and no one's.
     """
-    (keys, values), ((key_scales, key_unit), (value_scales, value_unit)) = planes, scales
+    (keys, values), ((key_scales, key_unit), (value_scales, value_unit)) = codes, scales
     first, count = rows
     queries, mixing = at.queries, at.mixing
     stride = max(geo.dim, BLOCK_SIZE)
-    dot_rows(geo.key_bits, keys, queries, rows, at.dots, BLOCK_SIZE, stride)
+    dot_rows(keys[0], keys[1], queries, rows, at.dots, BLOCK_SIZE, stride)
     units, offsets = queries.unit + 4 * first, queries.offset + 4 * first
     bias, peak, total = at.bias + 4 * first, at.peak + 4 * first, at.total + 4 * first
     if view.cap > _ZERO or view.window > 0:
@@ -152,7 +123,7 @@ def _absorb_rows(
             at.dots, stride, key_scales, key_unit, units, offsets, bias, value_scales,
             peak, total, at.fades, mixing.wide, mixing.high, mixing.low, mixing.unit, mixing.offset,
         )  # fmt: skip
-    dot_rows(geo.value_bits, values, mixing, (0, count), at.dots, geo.dim, stride)
+    dot_rows(values[0], values[1], mixing, (0, count), at.dots, geo.dim, stride)
     accumulate(
         at.dots, stride, at.mixed + 4 * geo.dim * first, geo.dim, count, value_unit,
         mixing.unit, mixing.offset, at.fades,
@@ -171,13 +142,16 @@ def _absorb_codes(
     value_scales = geo.value_scales + head * BLOCK_SIZE * 2
     fetch_halves(soon + key_scales)
     fetch_halves(soon + value_scales)
-    planes = (
-        (here + keys, soon + keys, later + keys),
-        (here + values, soon + values, later + values),
-    )
+    key_codes = geo.key_bits, (here + keys, soon + keys, later + keys)
+    value_codes = geo.value_bits, (here + values, soon + values, later + values)
+    if rows >= MANY_ROWS:
+        key_codes = unpacked(*key_codes, at.codes, geo.dim, BLOCK_SIZE)
+        room = at.codes + geo.dim * BLOCK_SIZE
+        value_codes = unpacked(*value_codes, room, BLOCK_SIZE, geo.dim)
+    codes = key_codes, value_codes
     scales = (here + key_scales, units[0]), (here + value_scales, units[1])
     for first in range(0, rows, ROWS):
-        _absorb_rows(geo, planes, scales, at, (first, min(ROWS, rows - first)), view, start)
+        _absorb_rows(geo, codes, scales, at, (first, min(ROWS, rows - first)), view, start)
 
 
 @kernel
@@ -214,15 +188,13 @@ def start_row(geo: Any, table: Any, query: Any, center: Any, scratch: Any, row: 
     norm = np.float32(1.0 / np.sqrt(geo.dim))
     scale = norm * LOG2E
     bias = _ZERO
-    for j in range(geo.dim):
-        own[j] = query[j] * scale
+    scaled(query.ctypes.data, scale, own.ctypes.data, geo.dim)
     if geo.key_bits <= 8:
         bias = add_products(own.ctypes.data, center.ctypes.data, geo.dim)
         for j in range(geo.dim):
             own[j] = own[j] * table.signs[j]
         hadamard(own, table.base)
-        for j in range(geo.dim):
-            own[j] = own[j] * norm  # of H
+        scaled(own.ctypes.data, norm, own.ctypes.data, geo.dim)  # of H
         set_weights(scratch.at.queries, row, own.ctypes.data)
     put(scratch.at.bias, row, bias)
 
@@ -261,17 +233,18 @@ def absorb_tail(
     V's own space, to a row whose sum is in V's own space. start: position of the first."""
     own = scratch.queries[row]
     scale = np.float32(1.0 / np.sqrt(own.size)) * LOG2E
-    for j in range(own.size):
-        own[j] = query[j] * scale
-    _score(own, scratch.keys, scratch.weights)
+    scaled(query.ctypes.data, scale, own.ctypes.data, own.size)
+    score(own.ctypes.data, scratch.keys.ctypes.data, scratch.at.weights, own.size)
     _look(scratch.at.weights, view, row, start)
     for t in range(count, BLOCK_SIZE):
         scratch.weights[t] = _NEVER
     fade = _weigh(scratch.at, scratch.at.weights, row)
     mixed = scratch.mixed[row]
-    for j in range(mixed.size):
-        mixed[j] = mixed[j] * fade
-    _mix(scratch.weights, values, count, mixed)
+    scaled(mixed.ctypes.data, fade, mixed.ctypes.data, mixed.size)
+    mix(
+        scratch.at.weights, values.ctypes.data, values.strides[0] // 4, count,
+        mixed.ctypes.data, mixed.size,
+    )  # fmt: skip
 
 
 @kernel

@@ -20,7 +20,7 @@ WIDTHS = (2, 3, 4, 8)
 LANES = 16  # what any number of lanes is a multiple of
 
 
-class _Loop:
+class Loop:
     """Emits the body of one function: the codes' width, rows and the instruction set are fixed."""
 
     def __init__(self, path: simd.Portable, bits: int, rows: int, function: Any) -> None:
@@ -188,7 +188,7 @@ def dot_function(module: Any, path: simd.Portable, bits: int, rows: int) -> Any:
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_I64] * 10), name)
     function.linkage = "linkonce_odr"
     function.attributes.add("noinline")
-    _Loop(path, bits, rows, function).emit()
+    Loop(path, bits, rows, function).emit()
     return function
 
 
@@ -238,8 +238,8 @@ def make_dot(path: str) -> Any:
     """A Numba function of addresses and sizes (int64), see simd.py for what it computes.
 
     (bits, codes, weights i16, their high bytes, their low bytes, out i32, count of rows, length,
-    lanes, elements between rows of out, address of the plane that is read next, which comes into
-    the cache meanwhile); writes count * lanes of out.
+    lanes, elements between rows of out, addresses of the planes that are read next, and
+    then, which come into the caches meanwhile); writes count * lanes of out.
     """
 
     def dot(
@@ -285,7 +285,7 @@ def dot_rows(
 ) -> None:
     """out[r] = the dot products of `rows` (first, count) of weights.
 
-    planes: addresses of one head's plane, and of the one that is read next; out: of int32
+    planes: addresses of one head's plane, and of the two that are read next; out: of int32
     [count, stride], stride at least lanes.
     """
     codes, following, later = planes

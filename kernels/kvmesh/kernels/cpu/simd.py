@@ -31,7 +31,7 @@ def _shuffle(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
 
 
 def prefetch(builder: Any, address: Any, level: int = 1) -> None:
-    """Asks for the cache line at an int64 address, to read it soon. level: 1 for the first cache."""
+    """Asks for the cache line at an int64 address, to read it soon. level: 1: the first cache."""
     kind = ir.FunctionType(ir.VoidType(), [_I8.as_pointer(), _I32, _I32, _I32])
     fetch = builder.module.declare_intrinsic("llvm.prefetch", [_I8.as_pointer()], kind)
     place = builder.inttoptr(address, _I8.as_pointer())

@@ -66,6 +66,7 @@ class Places(NamedTuple):
     mixing: Any  # Weights of values [ROWS, 64]
     fades: Any  # fp32 [ROWS]
     dots: Any  # int32 [ROWS, the larger of dim and 64]
+    codes: Any  # uint8 [2, dim * 64], keys and values, see unpack.py
 
 
 class Scratch(NamedTuple):
@@ -136,13 +137,15 @@ def make_scratch(dim: int, rows: int) -> Any:
     whole = -(-rows // ROWS) * ROWS
     peak, total = np.full(whole, _NEVER), np.zeros(whole, np.float32)
     weights = np.zeros((ROWS, BLOCK_SIZE), np.float32)
-    arena = np.empty(20 * _LINE + 4 * rows * (dim + 4) + ROWS * most * 12, np.uint8)
+    room = 2 * dim * BLOCK_SIZE
+    arena = np.empty(20 * _LINE + 4 * rows * (dim + 4) + ROWS * most * 12 + room, np.uint8)
     bias = _take(arena.ctypes.data + _LINE - 1 - (arena.ctypes.data - 1) % _LINE, 0, 1)
     queries, free = _place_weights(_take(bias, rows, 4), rows, dim)
     mixing, fades = _place_weights(free, ROWS, BLOCK_SIZE)
+    dots = _take(fades, ROWS, 4)
     places = Places(
         weights.ctypes.data, bias, peak.ctypes.data, total.ctypes.data,
-        mixed.ctypes.data, queries, mixing, fades, _take(fades, ROWS, 4),
+        mixed.ctypes.data, queries, mixing, fades, dots, _take(dots, ROWS * most, 4),
     )  # fmt: skip
     return Scratch(
         arena,
