@@ -27,6 +27,7 @@ async def simulate(
 
     from kvmesh.integration.bench_simulate import (
         ALONE,
+        FULL,
         ROUNDS,
         TOGETHER,
         WARM,
@@ -42,7 +43,7 @@ async def simulate(
     changed = {"workers": workers, "router": router, "gateway": GatewayConfig(enabled=False)}
     ready = loaded.model_copy(update=changed)
     plan = FidelityPlan(requests, share, seed)
-    total = requests + WARM + ROUNDS * (ALONE + TOGETHER)
+    total = requests + WARM + FULL + 2 * ROUNDS * (ALONE + TOGETHER)
     with (
         tempfile.TemporaryDirectory(prefix="kvmesh-bench-") as folder,
         progress_bar("requests", total, hidden=json) as advance,

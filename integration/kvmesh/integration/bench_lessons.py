@@ -24,7 +24,7 @@ from kvmesh.services.traces.reader import SpanReader
 from kvmesh.services.traces.spans import Span
 from kvmesh.v1 import inference_pb2
 
-SEVERAL = 3  # in flight, of those that teach
+SEVERAL = 3  # in flight, where the throughput is measured
 SPACE_S = 0.75  # between requests one at a time: what one leaves to do is over before the next
 _PROBES = ((64, 1), (256, 1), (256, 64), (768, 16), (1536, 128))  # prompt and output tokens
 _SPANS_S = 30.0  # until the last span is stored
@@ -144,7 +144,7 @@ async def _spans(reader: SpanReader, result: RequestResult) -> dict[str, Span]:
         await asyncio.sleep(_POLL_S)
 
 
-def lesson_requests(seed: int, salt: str, count: int) -> Workload:
+def lesson_requests(seed: int | str, salt: str, count: int) -> Workload:
     """Prompts of 64 to 512 tokens, outputs of 16 to 96, no block in common."""
     rng = random.Random(f"{seed}/{salt}")
     base = rng.randrange(1 << 40)

@@ -1,12 +1,13 @@
 """The simulator against a live mesh: the same requests through both, in the same run.
 
-All that the simulator is told is learnt before them, from other requests (see bench_lessons).
+All that the simulator is told is learnt before and after them, from other requests that come in the
+same way (see bench_lessons).
 """
 
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from kvmesh.backends.architectures import load_shape
@@ -26,9 +27,10 @@ from kvmesh.integration.simulate import Overheads, Scenario, WorkerPool, simulat
 from kvmesh.integration.workload import Workload
 from kvmesh.services.common.config import MeshConfig
 
-# Requests before all others; in each round of teaching, one at a time and several at once.
-WARM, ALONE, TOGETHER = 48, 8, 24
-ROUNDS = 3
+# Requests before all others, and those that show the throughput, a few at once; in each round of
+# teaching, one at a time and at the replay's rate.
+WARM, FULL, ALONE, TOGETHER = 48, 48, 4, 20
+ROUNDS = 3  # before the replay, and as many after it: the machine's speed drifts
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,15 @@ class FidelityPlan:
     requests: int = 200
     share: float = 0.4
     seed: int = 1
+
+
+@dataclass(slots=True)
+class _Lessons:
+    """What the mesh was seen to do. alone: requests that nothing else was in the way of."""
+
+    alone: list[RequestResult] = field(default_factory=list)
+    several: list[RequestResult] = field(default_factory=list)
+    estimates: list[Estimate] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,23 +83,16 @@ async def bench_simulate(
         vocab = (await client.list_models()).models[0].vocab_size
         mesh = LiveMesh(client, vocab, on_done)
         await mesh.closed(lesson_requests(plan.seed, "warm", WARM), SEVERAL)
-        alone: list[RequestResult] = []
-        several: list[RequestResult] = []
-        estimates: list[Estimate] = []
-        rates: list[float] = []
-        for number in range(ROUNDS):
-            alone += await mesh.spaced(lesson_requests(plan.seed, f"alone/{number}", ALONE))
-            load = lesson_requests(plan.seed, f"several/{number}", TOGETHER)
-            told = await mesh.closed(load, SEVERAL)
-            several += told
-            rates.append(_throughput(told))
-            estimates.append(await mesh.estimate())
-        overheads = await delivery(traces_path(run_dir), alone, several)
-        blocks = await mesh.kv_blocks()
-        rate = plan.share * statistics.median(rates)
-        load = _poisson(lesson_requests(plan.seed, "count", plan.requests), rate, plan.seed)
+        full = await mesh.closed(lesson_requests(plan.seed, "full", FULL), SEVERAL)
+        rate = plan.share * _throughput(full)
+        lessons = _Lessons()
+        await _teach(mesh, lessons, rate, f"{plan.seed}/before")
+        load = _poisson(lesson_requests(plan.seed, "count", plan.requests), rate, f"{plan.seed}")
         live = await mesh.open(load)
-    estimate = mean_estimate(estimates)
+        await _teach(mesh, lessons, rate, f"{plan.seed}/after")
+        overheads = await delivery(traces_path(run_dir), lessons.alone, lessons.several)
+        blocks = await mesh.kv_blocks()
+    estimate = mean_estimate(lessons.estimates)
     scenario = _scenario(config, estimate, overheads, blocks)
     records = simulate(scenario, load, plan.seed).records
     done = [each for each in live if not each.error]
@@ -98,6 +102,16 @@ async def bench_simulate(
         _compared("request", [r.duration_s for r in done], [r.duration_s for r in records]),
     )
     return Fidelity(rate, estimate, overheads, rows, len(live) - len(done))
+
+
+async def _teach(mesh: LiveMesh, lessons: _Lessons, rate: float, salt: str) -> None:
+    """At the replay's own rate: a round waits for whatever else the process has to do, and how much
+    that is depends on what comes and goes beside it."""
+    for number in range(ROUNDS):
+        lessons.alone += await mesh.spaced(lesson_requests(salt, f"alone/{number}", ALONE))
+        load = lesson_requests(salt, f"several/{number}", TOGETHER)
+        lessons.several += await mesh.open(_poisson(load, rate, f"{salt}/{number}"))
+        lessons.estimates.append(await mesh.estimate())
 
 
 def _scenario(
@@ -115,7 +129,7 @@ def _scenario(
     )
 
 
-def _poisson(load: Workload, rate: float, seed: int) -> Workload:
+def _poisson(load: Workload, rate: float, seed: str) -> Workload:
     rng = random.Random(f"{seed}/arrivals")
     at, requests = 0.0, []
     for request in load.requests:
