@@ -21,7 +21,8 @@ def test_delivery_is_what_lies_between_client_and_steps() -> None:
         {
             name: replace(SPAN, start_ns=start, end_ns=end)
             for name, start, end in (
-                ("prefill", 2_012_000_000, 2_090_000_000),
+                ("queue", 2_012_000_000, 2_013_000_000),
+                ("prefill", 2_013_000_000, 2_090_000_000),
                 ("decode", 2_090_000_000, 2_498_000_000),
             )
         },
@@ -33,7 +34,7 @@ def test_delivery_is_what_lies_between_client_and_steps() -> None:
 async def test_a_mesh_and_its_simulation_are_asked_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (("WARM", 8), ("FULL", 4), ("ALONE", 2), ("TOGETHER", 4), ("ROUNDS", 1)):
+    for name, value in (("WARM", 8), ("FULL", 4), ("LESSON", 5), ("ROUNDS", 1)):
         monkeypatch.setattr(bench_simulate, name, value)
     config = mesh_config((WorkerConfig(role="both", slots=16, blocks=128),))
     done: list[None] = []
@@ -41,7 +42,7 @@ async def test_a_mesh_and_its_simulation_are_asked_the_same(
         config, FidelityPlan(requests=10, share=0.8), tmp_path, lambda: done.append(None)
     )
     assert found.failed == 0
-    assert len(done) == (8 + 4) + 2 * (2 + 4) + 10
+    assert len(done) == (8 + 4) + 2 * 5 + 10
     assert [row.name for row in found.rows] == ["TTFT", "TPOT", "request"]
     assert all(row.measured_s > 0 and row.simulated_s > 0 for row in found.rows)
     assert found.estimate.base_s >= 0 and found.estimate.prefill_token_s > 0

@@ -26,10 +26,9 @@ async def simulate(
     import tempfile
 
     from kvmesh.integration.bench_simulate import (
-        ALONE,
         FULL,
+        LESSON,
         ROUNDS,
-        TOGETHER,
         WARM,
         FidelityPlan,
         bench_simulate,
@@ -43,7 +42,7 @@ async def simulate(
     changed = {"workers": workers, "router": router, "gateway": GatewayConfig(enabled=False)}
     ready = loaded.model_copy(update=changed)
     plan = FidelityPlan(requests, share, seed)
-    total = requests + WARM + FULL + 2 * ROUNDS * (ALONE + TOGETHER)
+    total = requests + WARM + FULL + 2 * ROUNDS * LESSON
     with (
         tempfile.TemporaryDirectory(prefix="kvmesh-bench-") as folder,
         progress_bar("requests", total, hidden=json) as advance,

@@ -7,7 +7,6 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +24,8 @@ from kvmesh.services.traces.spans import Span
 from kvmesh.v1 import inference_pb2
 
 SEVERAL = 3  # in flight, where the throughput is measured
-SPACE_S = 0.75  # between requests one at a time: what one leaves to do is over before the next
 _PROBES = ((64, 1), (256, 1), (256, 64), (768, 16), (1536, 128))  # prompt and output tokens
+_PHASES = (names.SPAN_QUEUE, names.SPAN_PREFILL, names.SPAN_DECODE)
 _SPANS_S = 30.0  # until the last span is stored
 _POLL_S = 0.2
 
@@ -47,15 +46,6 @@ class LiveMesh:
     async def open(self, load: Workload) -> list[RequestResult]:
         arrivals = [request.arrival_s for request in load.requests]
         return await open_loop(self._client, self._sent(load), arrivals, lambda _: self._on_done())
-
-    async def spaced(self, load: Workload) -> list[RequestResult]:
-        """One at a time, with a pause after each: what a request leaves to do, such as blocks for
-        the shards and spans, is then not in the next one's way."""
-        found: list[RequestResult] = []
-        for request in load.requests:
-            found += await self.closed(replace(load, requests=(request,)), 1)
-            await asyncio.sleep(SPACE_S)
-        return found
 
     def _sent(self, load: Workload) -> list[inference_pb2.GenerateRequest]:
         ids = prompts(load, self._vocab, 0)
@@ -96,34 +86,29 @@ def mean_estimate(estimates: Sequence[Estimate]) -> Estimate:
     )
 
 
-async def delivery(
-    store: Path, alone: Sequence[RequestResult], several: Sequence[RequestResult]
-) -> Overheads:
-    """What lies between the client and the worker's steps: medians, by the worker's spans.
+async def delivery(store: Path, results: Sequence[RequestResult]) -> Overheads:
+    """What lies between the client and the worker: medians, by the worker's spans, to its queue and
+    from its steps to the client.
 
-    To the first step of requests that nothing else is in the way of; from steps to the client of
-    all. Raises Unavailable if the spans are not stored in time.
+    Raises Unavailable if the spans are not stored in time.
     """
     offset_ns = time.time_ns() - time.perf_counter_ns()
     with SpanReader(store) as reader:
-        quiet = [_legs(each, await _spans(reader, each), offset_ns) for each in alone]
-        every = quiet + [_legs(each, await _spans(reader, each), offset_ns) for each in several]
-    before = statistics.median(leg[0] for leg in quiet)
-    first = statistics.median(leg[1] for leg in every)
-    last = statistics.median(leg[2] for leg in every)
+        legs = [_legs(each, await _spans(reader, each), offset_ns) for each in results]
+    before, first, last = (statistics.median(leg) for leg in zip(*legs, strict=True))
     return Overheads(max(0.0, before), max(0.0, last), max(0.0, first))
 
 
 def _legs(
     result: RequestResult, spans: dict[str, Span], offset_ns: int
 ) -> tuple[float, float, float]:
-    """Seconds until its first step, from its first token to the client, from its last one."""
-    prefill, decode = spans[names.SPAN_PREFILL], spans[names.SPAN_DECODE]
+    """Seconds to the worker's queue, from its first token to the client, from its last one."""
+    queue, prefill, decode = (spans[name] for name in _PHASES)
     begin_ns = offset_ns + round(result.begin_s * 1e9)
     last_ns = begin_ns + round(result.token_s[-1][0] * 1e9)
     first_ns = begin_ns + round(result.token_s[0][0] * 1e9)
     return (
-        (prefill.start_ns - begin_ns) / 1e9,
+        (queue.start_ns - begin_ns) / 1e9,
         (first_ns - prefill.end_ns) / 1e9,
         (last_ns - decode.end_ns) / 1e9,
     )
@@ -131,11 +116,10 @@ def _legs(
 
 async def _spans(reader: SpanReader, result: RequestResult) -> dict[str, Span]:
     """The request's spans by name, once those of the worker are stored."""
-    wanted = (names.SPAN_PREFILL, names.SPAN_DECODE)
     until = time.monotonic() + _SPANS_S
     while True:
         found = {span.name: span for span in reader.spans(result.trace_id)}
-        if all(name in found for name in wanted):
+        if all(name in found for name in _PHASES):
             return found
         if time.monotonic() > until:
             raise Unavailable(

@@ -27,9 +27,8 @@ from kvmesh.integration.simulate import Overheads, Scenario, WorkerPool, simulat
 from kvmesh.integration.workload import Workload
 from kvmesh.services.common.config import MeshConfig
 
-# Requests before all others, and those that show the throughput, a few at once; in each round of
-# teaching, one at a time and at the replay's rate.
-WARM, FULL, ALONE, TOGETHER = 48, 48, 4, 20
+# Requests before all others, those that show the throughput, and those of a round of teaching.
+WARM, FULL, LESSON = 48, 48, 24
 ROUNDS = 3  # before the replay, and as many after it: the machine's speed drifts
 
 
@@ -44,10 +43,9 @@ class FidelityPlan:
 
 @dataclass(slots=True)
 class _Lessons:
-    """What the mesh was seen to do. alone: requests that nothing else was in the way of."""
+    """What the mesh was seen to do."""
 
-    alone: list[RequestResult] = field(default_factory=list)
-    several: list[RequestResult] = field(default_factory=list)
+    results: list[RequestResult] = field(default_factory=list)
     estimates: list[Estimate] = field(default_factory=list)
 
 
@@ -90,7 +88,7 @@ async def bench_simulate(
         load = _poisson(lesson_requests(plan.seed, "count", plan.requests), rate, f"{plan.seed}")
         live = await mesh.open(load)
         await _teach(mesh, lessons, rate, f"{plan.seed}/after")
-        overheads = await delivery(traces_path(run_dir), lessons.alone, lessons.several)
+        overheads = await delivery(traces_path(run_dir), lessons.results)
         blocks = await mesh.kv_blocks()
     estimate = mean_estimate(lessons.estimates)
     scenario = _scenario(config, estimate, overheads, blocks)
@@ -108,9 +106,8 @@ async def _teach(mesh: LiveMesh, lessons: _Lessons, rate: float, salt: str) -> N
     """At the replay's own rate: a round waits for whatever else the process has to do, and how much
     that is depends on what comes and goes beside it."""
     for number in range(ROUNDS):
-        lessons.alone += await mesh.spaced(lesson_requests(salt, f"alone/{number}", ALONE))
-        load = lesson_requests(salt, f"several/{number}", TOGETHER)
-        lessons.several += await mesh.open(_poisson(load, rate, f"{salt}/{number}"))
+        load = lesson_requests(salt, f"{number}", LESSON)
+        lessons.results += await mesh.open(_poisson(load, rate, f"{salt}/{number}"))
         lessons.estimates.append(await mesh.estimate())
 
 
