@@ -1,13 +1,14 @@
 """What the HTTP edge adds to the time to the first token and to the cost of a token.
 
 One mesh; each pair runs the same prompts once over gRPC, once over HTTP, `concurrency` of them at
-once, in an order that alternates. Pairs are short and many, so that a change in the machine's speed
-meets both sides, and what is added is the median over pairs, with a bootstrap interval. Both ask
-for text alone, and both clocks stop at the first of it. The clients are as light as each protocol
-allows, on connections that stay open: grpc.aio, and a reader of bare HTTP/1.1. They share the cores
-with the mesh, so the CPU of a token is shown twice: of the mesh's own processes, and of mesh and
-client together, which is what a token costs a machine that runs both. The HTTP client is the
-cheaper one.
+once, in an order that alternates. They begin one after the other, at the same times on both sides:
+all at the same moment, most of a TTFT would be the wait for the prompts of others. Pairs are short
+and many, so that a change in the machine's speed meets both sides, and what is added is the median
+over pairs, with a bootstrap interval. Both ask for text alone, and both clocks stop at the first of
+it. The clients are as light as each protocol allows, on connections that stay open: grpc.aio, and a
+reader of bare HTTP/1.1. They share the cores with the mesh, so the CPU of a token is shown twice:
+of the mesh's own processes, and of mesh and client together, which is what a token costs a machine
+that runs both. The HTTP client is the cheaper one.
 """
 
 import random
@@ -23,7 +24,7 @@ from kvmesh.integration.edge_http import EdgeConnections, completion_body
 from kvmesh.integration.estimate import Estimate, median_of, percent_more
 from kvmesh.integration.launch import Mesh, running_mesh
 from kvmesh.integration.launch_plan import GATEWAY
-from kvmesh.integration.loadgen import RequestResult, closed_loop, greedy, token_request
+from kvmesh.integration.loadgen import RequestResult, greedy, open_loop, token_request
 from kvmesh.integration.machine import cpu_seconds
 from kvmesh.services.common.client import Link
 from kvmesh.services.common.config import MeshConfig
@@ -32,6 +33,7 @@ from kvmesh.services.router.client import InferenceClient
 
 READY_S = 120.0
 WARM_UP_PAIRS = 3
+GAP_S = 0.03  # between beginnings, plus or minus a half: longer than a prompt takes to compute
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,8 @@ class EdgePlan:
 
 @dataclass(frozen=True, slots=True)
 class EdgeSide:
-    """TTFT over all requests. token_us: wall-clock per output token, of the median round.
+    """TTFT over all requests. token_us: a request's wall-clock per output token, of the median
+    round.
 
     mesh_us, client_us, all_us: CPU per output token of all of the mesh's processes, of the client,
     and of both; None where the system does not say.
@@ -167,7 +170,7 @@ class _Bench:
         for request in requests:
             request.echo_token_ids = False
         with _Watch(self._pids) as watch:
-            results = await closed_loop(self._client, requests, concurrency)
+            results = await open_loop(self._client, requests, self._arrivals_s(concurrency, salt))
         return self._done(results, watch)
 
     async def over_http(self, concurrency: int, salt: str) -> _Round:
@@ -176,7 +179,7 @@ class _Bench:
             for ids in self._prompts(concurrency, salt)
         ]
         with _Watch(self._pids) as watch:
-            results = await self._edge.complete(bodies)
+            results = await self._edge.complete(bodies, self._arrivals_s(concurrency, salt))
         return self._done(results, watch)
 
     def _prompts(self, count: int, salt: str) -> list[list[int]]:
@@ -184,6 +187,11 @@ class _Bench:
         rng = random.Random(f"{self._plan.seed}/{salt}")
         length = self._plan.prompt_tokens
         return [[rng.randrange(self._vocab) for _ in range(length)] for _ in range(count)]
+
+    def _arrivals_s(self, count: int, salt: str) -> list[float]:
+        """The same on both sides; the first is at once."""
+        rng = random.Random(f"{self._plan.seed}/{salt}/arrivals")
+        return [0.0, *((n + rng.uniform(-0.5, 0.5)) * GAP_S for n in range(1, count))]
 
     def _done(self, results: Sequence[RequestResult], watch: "_Watch") -> _Round:
         failed = [result.error for result in results if result.error]
@@ -195,7 +203,7 @@ class _Bench:
         cpu_s = {name: s / tokens for name, s in watch.cpu_s.items() if s is not None}
         return _Round(
             ttft_s=[result.ttft_s for result in results],
-            token_s=watch.wall_s / tokens,
+            token_s=sum(result.duration_s for result in results) / tokens,
             client_s=watch.client_s / tokens,
             mesh_s=sum(cpu_s.values()) if len(cpu_s) == len(self._pids) else None,
             edge_s=cpu_s.get(GATEWAY),
@@ -203,22 +211,20 @@ class _Bench:
 
 
 class _Watch:
-    """What a block took: seconds on the wall, and of CPU here and in the processes `pids`."""
+    """What a block took: seconds of CPU here and in the processes `pids`."""
 
     def __init__(self, pids: dict[str, int]) -> None:
         self._pids = pids
-        self.wall_s = self.client_s = 0.0
+        self.client_s = 0.0
         self.cpu_s: dict[str, float | None] = {}
 
     def __enter__(self) -> Self:
         self._cpu = {name: cpu_seconds(pid) for name, pid in self._pids.items()}
-        self._begin = time.perf_counter(), time.process_time()
+        self._begin_s = time.process_time()
         return self
 
     def __exit__(self, *_: object) -> None:
-        wall_s, client_s = self._begin
-        self.wall_s = time.perf_counter() - wall_s
-        self.client_s = time.process_time() - client_s
+        self.client_s = time.process_time() - self._begin_s
         for name, before in self._cpu.items():
             now = cpu_seconds(self._pids[name])
             self.cpu_s[name] = None if before is None or now is None else now - before

@@ -52,13 +52,18 @@ class EdgeConnections:
         parts = urlsplit(self.url)
         return await asyncio.open_connection(parts.hostname or "", parts.port or 80)
 
-    async def complete(self, bodies: Sequence[bytes]) -> list[RequestResult]:
-        """Runs all at once, each on a connection of its own. Raises TimeoutError."""
+    async def complete(
+        self, bodies: Sequence[bytes], arrivals_s: Sequence[float]
+    ) -> list[RequestResult]:
+        """Sends each at its time, seconds from now, on a connection of its own. Raises
+        TimeoutError."""
         while len(self._open) < len(bodies):
             self._open.append(await self.connect())
+        start = time.perf_counter()
+        due = zip(self._open, bodies, arrivals_s, strict=False)
         async with asyncio.timeout(REQUEST_S):
             return await asyncio.gather(
-                *(_complete(*one, body) for one, body in zip(self._open, bodies, strict=False))
+                *(_complete(*one, body, start + arrival_s) for one, body, arrival_s in due)
             )
 
     def close(self) -> None:
@@ -68,11 +73,12 @@ class EdgeConnections:
 
 
 async def _complete(
-    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytes
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body: bytes, begin: float
 ) -> RequestResult:
-    """One streamed completion; the connection is ready for the next one after it."""
-    result = RequestResult()
-    begin = time.perf_counter()
+    """One streamed completion; the connection is ready for the next one after it. begin: when it
+    is due, on time.perf_counter."""
+    result = RequestResult(begin_s=begin)
+    await asyncio.sleep(begin - time.perf_counter())
     send(writer, body)
     head, data = b"", b""
     while not data.endswith(LAST_CHUNK):
