@@ -10,6 +10,7 @@ import trustme
 from tokenizers import Tokenizer
 
 from kvmesh.integration.launch import Mesh, running_mesh
+from kvmesh.integration.launch_health import POLL_S
 from kvmesh.integration.loadgen import RequestResult, closed_loop, run_request, token_request
 from kvmesh.integration.needle import make_case
 from kvmesh.services.common.checkpoint import checkpoint_path
@@ -119,6 +120,21 @@ async def started(config: MeshConfig, run_dir: Path) -> AsyncIterator[tuple[Mesh
     """A mesh that is ready, with a client of it."""
     async with running_mesh(config, run_dir) as mesh, inference(await ready(mesh)) as client:
         yield mesh, client
+
+
+async def incarnation_of(client: InferenceClient, member_id: str) -> int:
+    """Which process of a member the router sends requests to; 0 while it sends it none."""
+    members = (await client.status()).members
+    serving = [m for m in members if m.member_id == member_id and m.state == "serving"]
+    return serving[0].incarnation if serving else 0
+
+
+async def wait_renewed(client: InferenceClient, member_id: str, before: int) -> None:
+    """Until the router sends requests to another process of the member: a restarted one is ready
+    before the router, which may still believe in the one that died, has come to know it."""
+    async with asyncio.timeout(60.0):
+        while await incarnation_of(client, member_id) in (0, before):
+            await asyncio.sleep(POLL_S)
 
 
 class Progress:

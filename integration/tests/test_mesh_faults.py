@@ -7,7 +7,16 @@ from pathlib import Path
 
 import grpc
 import pytest
-from meshes import Progress, inference, mesh_config, prompts, ready, started
+from meshes import (
+    Progress,
+    incarnation_of,
+    inference,
+    mesh_config,
+    prompts,
+    ready,
+    started,
+    wait_renewed,
+)
 
 from kvmesh.integration.launch import LaunchOptions, Mesh, running_mesh
 from kvmesh.integration.loadgen import run_request, token_request
@@ -34,10 +43,10 @@ async def test_a_flipped_byte_in_a_shard_changes_no_answer(tmp_path: Path) -> No
     async with running_mesh(config, tmp_path, options) as mesh:
         async with inference(await ready(mesh)) as client:
             before = await run_request(client, request)
-        # A worker that starts anew has nothing of its own and must ask the shard.
-        mesh.kill("worker-0", signal.SIGKILL)
-        await mesh.wait_restarted("worker-0", 1)
-        await mesh.wait_ready()
+            first = await incarnation_of(client, "worker-0")
+            # A worker that starts anew has nothing of its own and must ask the shard.
+            mesh.kill("worker-0", signal.SIGKILL)
+            await wait_renewed(client, "worker-0", first)
         shard = mesh.members["kvcache-0"].addresses[0]
         async with Link(shard) as link, inference(mesh) as client:
             stub = kvcache_pb2_grpc.KvCacheStub(link.channel)
