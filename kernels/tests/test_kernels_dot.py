@@ -10,19 +10,19 @@ from llvmlite import binding, ir
 
 from kvmesh.kernels import codebook, reference
 from kvmesh.kernels.cpu import simd
-from kvmesh.kernels.cpu.dot import dot_function, make_dot
+from kvmesh.kernels.cpu.dot import loop_function, make_dot
 from kvmesh.kernels.cpu.unpack import make_unpack
 
 PATHS = [*simd.available(), "emulated"]
 
 
 @functools.cache
-def compiled(path):
-    dot = make_dot(path)
+def compiled(make, path):
+    function = make(path)
 
     @numba.njit
     def run(*arguments):
-        dot(*arguments)
+        function(*arguments)
 
     return run
 
@@ -42,24 +42,15 @@ def test_every_path_computes_the_same_integers(path, bits):
         plane = reference.pack(codes, bits).reshape(-1)
         out = np.full((rows + 1, lanes + 16), -1, np.int32)
         places = (x.ctypes.data for x in (plane, wide, high, low, out))
-        compiled(path)(bits, *places, rows, length, lanes, lanes + 16, *[plane.ctypes.data] * 2)
+        compiled(make_dot, path)(
+            bits, *places, rows, length, lanes, lanes + 16, *[plane.ctypes.data] * 2
+        )
         assert (out[rows] == -1).all() and (out[:, lanes:] == -1).all()
         out = out[:rows, :lanes]
         u = codebook.grid(bits)[codes[0]].astype(np.int64)
         np.testing.assert_array_equal(out, (weights.astype(np.int64) @ u).astype(np.int32))
         centered = 2 * out - np.int32(255) * weights.sum(axis=1, dtype=np.int32)[:, None]
         np.testing.assert_array_equal(centered, weights.astype(np.int64) @ (2 * u - 255))
-
-
-@functools.cache
-def unpacking(path):
-    unpack = make_unpack(path)
-
-    @numba.njit
-    def run(*arguments):
-        unpack(*arguments)
-
-    return run
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -70,7 +61,7 @@ def test_unpacked_codes_are_a_plane_of_bytes(path, bits):
         codes = rng.integers(0, 1 << bits, (1, length, lanes)).astype(np.uint8)
         plane = reference.pack(codes, bits).reshape(-1)
         out = np.full(length * lanes + 64, 7, np.uint8)
-        unpacking(path)(
+        compiled(make_unpack, path)(
             bits, plane.ctypes.data, out.ctypes.data, length, lanes, *[plane.ctypes.data] * 2
         )
         u = codebook.grid(bits)[codes]
@@ -80,7 +71,7 @@ def test_unpacked_codes_are_a_plane_of_bytes(path, bits):
 
 def assembly(path, bits, cpu):
     module = ir.Module()
-    dot_function(module, simd.PATHS[path], bits, simd.ROWS).linkage = ""  # keep it, unused
+    loop_function(module, simd.PATHS[path], bits, simd.ROWS).linkage = ""  # keep it, unused
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
     target = binding.Target.from_triple("x86_64-unknown-linux-gnu")

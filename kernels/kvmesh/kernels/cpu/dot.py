@@ -1,17 +1,17 @@
 """The loop around simd.py's primitives: out[r, lane] of all lanes of one head's plane."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils as untyped_cgutils
-from numba.extending import intrinsic
 
 from kvmesh.kernels import codebook
-from kvmesh.kernels.cpu import simd
+from kvmesh.kernels.cpu import simd, vectors
 from kvmesh.kernels.cpu.jit import kernel
 from kvmesh.kernels.cpu.lanes import round_row
+from kvmesh.kernels.cpu.vectors import INT
 
 cgutils: Any = untyped_cgutils
 
@@ -22,6 +22,8 @@ LANES = 16  # what any number of lanes is a multiple of
 
 class Loop:
     """Emits the body of one function: the codes' width, rows and the instruction set are fixed."""
+
+    name = "dot"
 
     def __init__(self, path: simd.Portable, bits: int, rows: int, function: Any) -> None:
         codes, wide, high, low, out, self.length, self.lanes, self.o_stride, *self.ahead = (
@@ -87,7 +89,7 @@ class Loop:
 
     def _signs(self, pair: Any, firsts: list[Any]) -> list[Any]:
         """The signs of two rows of words (3 bits), those of the first in the low half of each byte;
-        also asks for the next plane's."""
+        also asks for those of the planes ahead."""
         b, four = self.b, _I64(4)
         border = b.udiv(b.mul(self.length, self.lanes), four)
         start = b.add(border, b.mul(b.mul(pair, self.lanes), four))
@@ -123,16 +125,18 @@ class Loop:
     def _row_of_words(
         self, number: Any, firsts: list[Any], signs: list[Any], sums: list[list[list[Any]]]
     ) -> None:
+        """Adds one row of words. firsts and sums as in `_all_words`; signs: of each group, for 3
+        bits."""
         b, path = self.b, self.path
         places = [b.mul(b.add(b.mul(number, self.lanes), x), _I64(4)) for x in firsts]
         words = [self._load(at) for at in places]
         self._prefetch(places)
-        octets = (self._octets(*both) for both in zip(words, signs, strict=True))
-        for fields in zip(*octets, strict=True):
-            k, parts_of = fields[0][0], [x for _, x in fields]
+        by_group = (self._octets(*both) for both in zip(words, signs, strict=True))
+        for fields in zip(*by_group, strict=True):
+            k, octets = fields[0][0], [x for _, x in fields]
             element = b.add(b.mul(number, _I64(4 * self.fields)), _I64(4 * k))
             for half in range(path.halves):
-                parts = [path.half(b, x, half) for x in parts_of]
+                parts = [path.half(b, x, half) for x in octets]
                 for r in range(self.rows):
                     place = b.add(element, b.mul(self.length, _I64(r)))
                     weights = path.weights(b, self.wide, (self.high, self.low), place, half)
@@ -176,19 +180,21 @@ class Loop:
                     b.store(total, place, align=4)
 
 
-def dot_function(module: Any, path: simd.Portable, bits: int, rows: int) -> Any:
+def loop_function(
+    module: Any, path: simd.Portable, bits: int, rows: int, loop: type[Loop] = Loop
+) -> Any:
     """A module's function for one width and number of rows: compiled once, never inlined.
 
     Its arguments, int64: addresses of codes, weights, high and low bytes, out; length, lanes,
     elements between rows of out; addresses of the planes that are read next, and then.
     """
-    name = f"kvmesh_dot_{path.name}_{bits}_{rows}"
+    name = f"kvmesh_{loop.name}_{path.name}_{bits}_{rows}"
     if name in module.globals:
         return module.globals[name]
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_I64] * 10), name)
     function.linkage = "linkonce_odr"
     function.attributes.add("noinline")
-    Loop(path, bits, rows, function).emit()
+    loop(path, bits, rows, function).emit()
     return function
 
 
@@ -213,23 +219,22 @@ def _emit_rows(builder: Any, path: simd.Portable, bits: int, arguments: Any) -> 
             builder.add(low, element),
             builder.add(out, builder.mul(builder.mul(at, stride), _I64(4))),
         )
-        function = dot_function(builder.module, path, bits, rows)
+        function = loop_function(builder.module, path, bits, rows)
         builder.call(function, [codes, *places, length, lanes, stride, *ahead])
         builder.store(builder.add(at, _I64(rows)), done)
         builder.branch(loop)
         builder.position_at_end(after)
 
 
-def emit_dot(builder: Any, path: simd.Portable, arguments: Any) -> None:
-    """Emits the dot products, see make_dot."""
-    bits, *rest = arguments
+def for_width(builder: Any, bits: Any, widths: Sequence[int], emit: Callable[[int], None]) -> None:
+    """Emits what is to be done for the one of these widths that bits is; nothing for another."""
     after = builder.append_basic_block()
     switch = builder.switch(bits, after)
-    for width in WIDTHS:
+    for width in widths:
         block = builder.append_basic_block()
         switch.add_case(_I64(width), block)
         builder.position_at_end(block)
-        _emit_rows(builder, path, width, rest)
+        emit(width)
         builder.branch(after)
     builder.position_at_end(after)
 
@@ -242,17 +247,14 @@ def make_dot(path: str) -> Any:
     then, which come into the caches meanwhile); writes count * lanes of out.
     """
 
-    def dot(
-        typing_context: Any, bits: Any, codes: Any, wide: Any, high: Any, low: Any, out: Any,
-        count: Any, length: Any, lanes: Any, stride: Any, following: Any, later: Any,
-    ) -> Any:  # fmt: skip
-        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            emit_dot(builder, simd.PATHS[path], arguments)
-            return context.get_dummy_value()
+    def emit(
+        b: Any, bits: Any, codes: Any, wide: Any, high: Any, low: Any, out: Any, count: Any,
+        length: Any, lanes: Any, stride: Any, following: Any, later: Any,
+    ) -> None:  # fmt: skip
+        rest = codes, wide, high, low, out, count, length, lanes, stride, following, later
+        for_width(b, bits, WIDTHS, lambda width: _emit_rows(b, simd.PATHS[path], width, rest))
 
-        return types.void(*[types.int64] * 12), emit
-
-    return intrinsic(dot)
+    return vectors.function(f"dot_{path}", emit, types.none, [INT] * 12, "alwaysinline")
 
 
 _dot = make_dot(simd.CHOSEN)

@@ -15,8 +15,8 @@ from numba.core import cgutils as untyped_cgutils
 from kvmesh.kernels import codebook
 from kvmesh.kernels.cpu import simd
 from kvmesh.kernels.cpu.jit import kernel
-from kvmesh.kernels.cpu.strip import LANES, Strip
-from kvmesh.kernels.cpu.vectors import FLOAT, I8, I16, I32, I64, INT, function
+from kvmesh.kernels.cpu.strip import Strip
+from kvmesh.kernels.cpu.vectors import FLOAT, I8, I16, I32, I64, INT, WIDE, function
 from kvmesh.kernels.layout import BLOCK_SIZE
 
 cgutils: Any = untyped_cgutils
@@ -51,10 +51,8 @@ def _level(at: Strip, levels: list[float], masks: list[Any], index: Any) -> Any:
     if name is None:
         return _choose(at, [at.real(level) for level in levels], masks)
     kind, numbers = at.kind(FLOAT), at.kind(I32)
-    table = ir.Constant(kind, [FLOAT(level) for level in levels * (LANES // len(levels))])
-    permute = at.b.module.globals.get(name)
-    if permute is None:
-        permute = ir.Function(at.b.module, ir.FunctionType(kind, [kind, numbers]), name)
+    table = ir.Constant(kind, [FLOAT(level) for level in levels * (WIDE // len(levels))])
+    permute = simd.declared(at.b, name, ir.FunctionType(kind, [kind, numbers]))
     return at.b.call(permute, [table, index])
 
 
@@ -106,25 +104,25 @@ def _encoder(bits: int, kind: int) -> Any:
 
 
 def _interleaved(at: Strip, x: Any, y: Any, kind: Any) -> list[Any]:
-    """Elements of two vectors in turn, as LANES words each: of the first halves, of the last."""
+    """Elements of two vectors in turn, as WIDE words each: of the first halves, of the last."""
     b = at.b
-    width = 32 * LANES // kind.width
+    width = 32 * WIDE // kind.width
     x, y = (b.bitcast(v, ir.VectorType(kind, width)) for v in (x, y))
     order = [i // 2 + width * (i % 2) for i in range(2 * width)]
-    both = (at.mix(x, y, some) for some in (order[:width], order[width:]))
+    both = (simd.shuffle(b, x, y, some) for some in (order[:width], order[width:]))
     return [b.bitcast(v, at.kind(I32)) for v in both]
 
 
 def _turn(b: Any, quads: Any, out: Any, rows: Any) -> None:
     at = Strip(b)
     width = b.mul(rows, I64(4))
-    with cgutils.for_range(b, b.udiv(rows, I64(LANES))) as over:
-        first = b.mul(over.index, I64(LANES))
-        for t in range(0, BLOCK_SIZE, LANES):
-            places = [b.mul(b.add(first, I64(i)), I64(BLOCK_SIZE)) for i in range(LANES)]
+    with cgutils.for_range(b, b.udiv(rows, I64(WIDE))) as over:
+        first = b.mul(over.index, I64(WIDE))
+        for t in range(0, BLOCK_SIZE, WIDE):
+            places = [b.mul(b.add(first, I64(i)), I64(BLOCK_SIZE)) for i in range(WIDE)]
             square = [at.load(I32, quads, b.add(place, I64(t))) for place in places]
-            tokens = at.transposed(square)  # each LANES quads, bytes of 4 LANES dims
-            for i in range(0, LANES, 4):
+            tokens = at.transposed(square)  # each WIDE quads, bytes of 4 WIDE dims
+            for i in range(0, WIDE, 4):
                 pairs = zip(
                     _interleaved(at, tokens[i], tokens[i + 1], I8),
                     _interleaved(at, tokens[i + 2], tokens[i + 3], I8),
@@ -133,7 +131,7 @@ def _turn(b: Any, quads: Any, out: Any, rows: Any) -> None:
                 words = [word for x, y in pairs for word in _interleaved(at, x, y, I16)]
                 row = b.mul(width, I64((t + i) // 4))
                 for k, word in enumerate(words):
-                    place = b.add(row, b.add(b.mul(first, I64(4)), I64(k * LANES)))
+                    place = b.add(row, b.add(b.mul(first, I64(4)), I64(k * WIDE)))
                     at.store(I32, word, out, place)
 
 
@@ -146,9 +144,9 @@ def _packer(width: int, first: int) -> Any:
         at = Strip(b)
         with (
             cgutils.for_range(b, words) as loop,
-            cgutils.for_range(b, b.udiv(lanes, I64(LANES))) as over,
+            cgutils.for_range(b, b.udiv(lanes, I64(WIDE))) as over,
         ):
-            lane = b.mul(over.index, I64(LANES))
+            lane = b.mul(over.index, I64(WIDE))
             word = None
             for k in range(fields):
                 row = b.add(b.mul(loop.index, I64(fields)), I64(k))

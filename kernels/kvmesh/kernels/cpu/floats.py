@@ -5,8 +5,7 @@ from typing import Any
 from numba import types
 from numba.core import cgutils as untyped_cgutils
 
-from kvmesh.kernels.cpu.strip import LANES
-from kvmesh.kernels.cpu.vectors import FLOAT, I64, INT, REAL, Emitter, function
+from kvmesh.kernels.cpu.vectors import FLOAT, I64, INT, REAL, WIDE, Emitter, function
 from kvmesh.kernels.layout import BLOCK_SIZE
 
 cgutils: Any = untyped_cgutils
@@ -15,11 +14,11 @@ _AT_ONCE = 4  # tokens in one pass over a sum
 
 
 def _score(b: Any, query: Any, keys: Any, out: Any, size: Any) -> None:
-    at, scalar = Emitter(b, LANES), b.inttoptr(query, FLOAT.as_pointer())
-    parts = range(0, BLOCK_SIZE, LANES)
+    at, one = Emitter(b, WIDE), Emitter(b, 1)
+    parts = range(0, BLOCK_SIZE, WIDE)
     totals = [cgutils.alloca_once_value(b, at.real(0.0)) for _ in parts]
     with cgutils.for_range(b, size) as loop:
-        factor = at.spread(b.load(b.gep(scalar, [loop.index])))
+        factor = at.spread(one.load(FLOAT, query, loop.index))
         row = b.mul(loop.index, I64(BLOCK_SIZE))
         for first, total in zip(parts, totals, strict=True):
             value = at.load(FLOAT, keys, b.add(row, I64(first)))
@@ -29,13 +28,13 @@ def _score(b: Any, query: Any, keys: Any, out: Any, size: Any) -> None:
 
 
 def _mix(b: Any, weights: Any, values: Any, stride: Any, count: Any, out: Any, size: Any) -> None:
-    at, scalar = Emitter(b, LANES), b.inttoptr(weights, FLOAT.as_pointer())
+    at, one = Emitter(b, WIDE), Emitter(b, 1)
 
     def add(first: Any, tokens: int) -> None:
         rows = [b.add(first, I64(t)) for t in range(tokens)]
-        factors = [at.spread(b.load(b.gep(scalar, [row]))) for row in rows]
-        with cgutils.for_range(b, b.udiv(size, I64(LANES))) as loop:
-            i = b.mul(loop.index, I64(LANES))
+        factors = [at.spread(one.load(FLOAT, weights, row)) for row in rows]
+        with cgutils.for_range(b, b.udiv(size, I64(WIDE))) as loop:
+            i = b.mul(loop.index, I64(WIDE))
             total = at.load(FLOAT, out, i)
             for row, factor in zip(rows, factors, strict=True):
                 value = at.load(FLOAT, values, b.add(b.mul(row, stride), i))
@@ -50,10 +49,10 @@ def _mix(b: Any, weights: Any, values: Any, stride: Any, count: Any, out: Any, s
 
 
 def _scale(b: Any, x: Any, factor: Any, out: Any, size: Any) -> None:
-    at = Emitter(b, LANES)
+    at = Emitter(b, WIDE)
     factor = at.spread(factor)
-    with cgutils.for_range(b, b.udiv(size, I64(LANES))) as loop:
-        i = b.mul(loop.index, I64(LANES))
+    with cgutils.for_range(b, b.udiv(size, I64(WIDE))) as loop:
+        i = b.mul(loop.index, I64(WIDE))
         at.store(FLOAT, b.fmul(at.load(FLOAT, x, i), factor), out, i)
 
 

@@ -7,8 +7,9 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils as untyped_cgutils
 
+from kvmesh.kernels.cpu import simd
 from kvmesh.kernels.cpu.jit import kernel
-from kvmesh.kernels.cpu.vectors import FLOAT, I32, I64, INT, WIDTH, Emitter, function
+from kvmesh.kernels.cpu.vectors import FLOAT, I64, INT, WIDTH, Emitter, function
 from kvmesh.kernels.layout import MAX_HEAD_DIM
 
 cgutils: Any = untyped_cgutils
@@ -18,8 +19,7 @@ def _within(at: Emitter, x: Any, span: int) -> Any:
     """Sums and differences of lanes that lie `span` apart in one vector."""
     b = at.b
     lanes = range(WIDTH)
-    order = ir.Constant(ir.VectorType(I32, WIDTH), [i ^ span for i in lanes])
-    other = b.shuffle_vector(x, x, order)
+    other = simd.shuffle(b, x, x, [i ^ span for i in lanes])
     upper = ir.Constant(ir.VectorType(ir.IntType(1), WIDTH), [bool(i & span) for i in lanes])
     return b.select(upper, b.fsub(other, x), b.fadd(x, other))
 

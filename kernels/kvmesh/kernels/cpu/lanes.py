@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils as untyped_cgutils
 
@@ -93,23 +92,24 @@ def _round(
     with cgutils.for_range(b, steps) as loop:
         value = at.load(FLOAT, x, b.mul(loop.index, I64(WIDE)))
         b.store(at.larger(at.absolute(value), b.load(top)), top)
-    factor = _set_unit(at, b.load(top), unit)
+    one = Emitter(b, 1)
+    of_one, factor = unit_and_factor(one, at.reduce([b.load(top)], at.larger))
+    one.store(FLOAT, of_one, unit, I64(0))
+    factor = at.spread(factor)
     total = cgutils.alloca_once_value(b, at.integer(0))
     with cgutils.for_range(b, steps) as loop:
         i = b.mul(loop.index, I64(WIDE))
         whole = set_whole(at, b.fmul(at.load(FLOAT, x, i), factor), (wide, high, low), i)
         b.store(b.add(b.load(total), whole), total)
-    _store_one(b, I32, b.mul(at.reduce([b.load(total)], b.add), I32(255)), offset)
+    one.store(I32, b.mul(at.reduce([b.load(total)], b.add), I32(255)), offset, I64(0))
 
 
-def _set_unit(at: Emitter, tops: Any, unit: Any) -> Any:
-    """Writes what a weight of one stands for; returns what to multiply by, in every lane."""
+def unit_and_factor(at: Emitter, most: Any) -> tuple[Any, Any]:
+    """What a weight of one stands for in a row whose largest is `most`, and what to multiply by."""
     b = at.b
-    most = at.reduce([tops], at.larger)
-    some = b.fcmp_ordered(">", most, FLOAT(SMALLEST))
-    scale = b.select(some, b.fdiv(FLOAT(float(simd.LARGEST)), most), FLOAT(0.0))
-    _store_one(b, FLOAT, b.fmul(most, FLOAT(1 / simd.LARGEST)), unit)
-    return at.spread(scale)
+    some = b.fcmp_ordered(">", most, at.real(SMALLEST))
+    factor = b.select(some, b.fdiv(at.real(float(simd.LARGEST)), most), at.real(0.0))
+    return b.fmul(most, at.real(1 / simd.LARGEST)), factor
 
 
 def set_whole(at: Emitter, value: Any, outs: Sequence[Any], i: Any) -> Any:
@@ -125,13 +125,9 @@ def set_whole(at: Emitter, value: Any, outs: Sequence[Any], i: Any) -> Any:
     else:
         order = [n // 4 * 4 + simd.ORDER[n % 4] for n in range(at.width)]
         short = b.trunc(whole, at.kind(I16))
-        short = b.shuffle_vector(short, short, ir.Constant(ir.VectorType(I32, at.width), order))
+        short = simd.shuffle(b, short, short, order)
         b.store(short, at.place(I16, outs[0], i), align=2)
     return whole
-
-
-def _store_one(b: Any, kind: Any, value: Any, address: Any) -> None:
-    b.store(value, b.inttoptr(address, kind.as_pointer()))
 
 
 def _fetch_row(b: Any, address: Any) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 from kvmesh.kernels.cpu.encode import QUADS, encode, pack, turn
 from kvmesh.kernels.cpu.jit import kernel, to_half
 from kvmesh.kernels.cpu.strip import (
-    LANES,
     finite,
     load_strip,
     norms,
@@ -20,6 +19,7 @@ from kvmesh.kernels.cpu.strip import (
     sum_squares,
 )
 from kvmesh.kernels.cpu.tile import plane_at
+from kvmesh.kernels.cpu.vectors import WIDE
 from kvmesh.kernels.layout import BLOCK_SIZE
 
 _LINE = 64  # bytes
@@ -29,11 +29,11 @@ _FLOAT = 4
 class Space(NamedTuple):
     """Addresses of the work space of one seal."""
 
-    strip: Any  # fp32 [dim, LANES]
+    strip: Any  # fp32 [dim, WIDE]
     work: Any  # the same
-    norm: Any  # fp32 [LANES]
-    inverse: Any  # fp32 [LANES], 1 / norm
-    keep: Any  # int32 [LANES], all ones, or zero for a zero vector
+    norm: Any  # fp32 [WIDE]
+    inverse: Any  # fp32 [WIDE], 1 / norm
+    keep: Any  # int32 [WIDE], all ones, or zero for a zero vector
     quads: Any  # int32 [rows, 64], see encode.py; rows past dim / 4 are zero
     turned: Any  # int32 [16, 4 rows]
     rows: Any  # int64, dim / 4 up to a multiple of QUADS
@@ -42,7 +42,7 @@ class Space(NamedTuple):
 @kernel
 def _make_space(dim: int) -> Any:
     rows = -(-dim // (4 * QUADS)) * QUADS
-    strip, quads = dim * LANES * _FLOAT, rows * BLOCK_SIZE * _FLOAT
+    strip, quads = dim * WIDE * _FLOAT, rows * BLOCK_SIZE * _FLOAT
     arena = np.zeros(2 * strip + 2 * quads + 4 * _LINE, np.uint8)
     first = -(-arena.ctypes.data // _LINE) * _LINE
     small = first + 2 * strip
@@ -64,7 +64,7 @@ def _encode_head(
     signs, base, order = table.signs.ctypes.data, table.base.ctypes.data, table.base.shape[0]
     root, share = np.float32(1.0 / np.sqrt(dim)), np.float32(1.0 / dim)
     keys = 1 - kind
-    for t in range(0, BLOCK_SIZE, LANES):
+    for t in range(0, BLOCK_SIZE, WIDE):
         rows = x + t * stride * _FLOAT
         load_strip(rows, stride, center, signs, space.work, space.strip, dim)
         sum_squares(space.strip, space.work, dim)

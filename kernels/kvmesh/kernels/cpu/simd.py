@@ -23,10 +23,11 @@ _I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 def splat(builder: Any, value: Any, count: int) -> Any:
     kind = ir.VectorType(value.type, count)
     one = builder.insert_element(ir.Constant(kind, ir.Undefined), value, _I32(0))
-    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_I32, count), [0] * count))
+    return shuffle(builder, one, one, [0] * count)
 
 
-def _shuffle(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
+def shuffle(builder: Any, a: Any, b: Any, order: list[int]) -> Any:
+    """Elements of a and b, numbered one after the other, in an order."""
     return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(order)), order))
 
 
@@ -71,12 +72,12 @@ class Portable:
             builder.bitcast(builder.gep(wide, [at]), ir.VectorType(_I16, 4).as_pointer()), align=2
         )
         four = builder.sext(four, ir.VectorType(_I32, 4))
-        return _shuffle(builder, four, four, [ORDER[i % 4] for i in range(4 * self.lanes)])
+        return shuffle(builder, four, four, [ORDER[i % 4] for i in range(4 * self.lanes)])
 
     def add(self, builder: Any, sums: list[Any], part: Any, weights: Any) -> list[Any]:
         product = builder.mul(part, weights)
         for i in range(4):
-            lane = _shuffle(builder, product, product, list(range(i, 4 * self.lanes, 4)))
+            lane = shuffle(builder, product, product, list(range(i, 4 * self.lanes, 4)))
             sums = [builder.add(sums[0], lane)]
         return sums
 
@@ -96,11 +97,7 @@ class Avx2(Portable):
     halves = 2
 
     def lookup(self, builder: Any, table: Any, index: Any) -> Any:
-        kind = ir.VectorType(_I8, 32)
-        call = ir.FunctionType(kind, [kind, kind])
-        both = _shuffle(builder, table, table, [i % 16 for i in range(32)])
-        name = "llvm.x86.avx2.pshuf.b"
-        return builder.call(declared(builder, name, call), [both, index])
+        return _look_up(builder, "llvm.x86.avx2.pshuf.b", table, index)
 
     def half(self, builder: Any, octets: Any, number: int) -> Any:
         """Elements 0 and 2 of every word, or 1 and 3, as 16-bit integers."""
@@ -140,12 +137,7 @@ class Avx512(Portable):
     levels = (1, 2)  # the first cache can wait for few lines at a time: not for memory too
 
     def lookup(self, builder: Any, table: Any, index: Any) -> Any:
-        kind = ir.VectorType(_I8, 64)
-        all_four = _shuffle(builder, table, table, [i % 16 for i in range(64)])
-        shuffle = declared(
-            builder, "llvm.x86.avx512.pshuf.b.512", ir.FunctionType(kind, [kind, kind])
-        )
-        return builder.call(shuffle, [all_four, index])
+        return _look_up(builder, "llvm.x86.avx512.pshuf.b.512", table, index)
 
     def half(self, builder: Any, octets: Any, number: int) -> Any:
         return builder.bitcast(octets, ir.VectorType(_I32, 16))
@@ -181,12 +173,7 @@ class Vbmi(Avx512):
     strict = False
 
     def lookup(self, builder: Any, table: Any, index: Any) -> Any:
-        kind = ir.VectorType(_I8, 64)
-        all_four = _shuffle(builder, table, table, [i % 16 for i in range(64)])
-        permute = declared(
-            builder, "llvm.x86.avx512.permvar.qi.512", ir.FunctionType(kind, [kind, kind])
-        )
-        return builder.call(permute, [all_four, index])
+        return _look_up(builder, "llvm.x86.avx512.permvar.qi.512", table, index)
 
 
 class Emulated(Vbmi):
@@ -237,7 +224,17 @@ def called(
     return builder.call(function, arguments)
 
 
+def _look_up(builder: Any, name: str, table: Any, index: Any) -> Any:
+    """By an instruction that takes its table, of sixteen bytes, as often as a register holds it."""
+    kind = index.type
+    whole = shuffle(builder, table, table, [i % 16 for i in range(kind.count)])
+    return builder.call(
+        declared(builder, name, ir.FunctionType(kind, [kind, kind])), [whole, index]
+    )
+
+
 def declared(builder: Any, name: str, kind: Any) -> Any:
+    """The module's function of that name and type, which is defined elsewhere."""
     known = builder.module.globals.get(name)
     return known if known is not None else ir.Function(builder.module, kind, name)
 

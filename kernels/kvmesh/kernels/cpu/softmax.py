@@ -5,13 +5,13 @@ factor of its rounding. Side by side in the lanes of one vector they take as lon
 Where nothing comes between scores and softmax, both are one function, and scores stay in registers.
 """
 
+from functools import partial
 from typing import Any
 
-from llvmlite import ir
 from numba import types
 
 from kvmesh.kernels.cpu import simd
-from kvmesh.kernels.cpu.lanes import SMALLEST, set_whole, tile_rows
+from kvmesh.kernels.cpu.lanes import set_whole, tile_rows, unit_and_factor
 from kvmesh.kernels.cpu.vectors import FLOAT, I32, I64, INT, REAL, WIDE, Emitter, function
 from kvmesh.kernels.layout import BLOCK_SIZE
 
@@ -22,9 +22,7 @@ def _across(b: Any, rows: list[Any], join: Any) -> Any:
     """Four vectors become one of four, a row in each lane, joined as Emitter.reduce does: the first
     half with the last."""
 
-    def mix(x: Any, y: Any, order: list[int]) -> Any:
-        return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(order)), order))
-
+    mix = partial(simd.shuffle, b)
     width = rows[0].type.count
     while width > 4:
         width //= 2
@@ -44,8 +42,7 @@ class _Rows:
 
     def lane(self, vector: Any, row: int) -> Any:
         """A row's element, in every lane."""
-        order = ir.Constant(ir.VectorType(I32, WIDE), [row] * WIDE)
-        return self.b.shuffle_vector(vector, vector, order)
+        return simd.shuffle(self.b, vector, vector, [row] * WIDE)
 
     def load(self, scores: Any) -> list[list[Any]]:
         places = [[self.b.add(I64(row * BLOCK_SIZE), i) for i in tile_rows()] for row in _ROWS]
@@ -113,10 +110,8 @@ class _Rows:
         b, at, four, zero = self.b, self.at, self.four, I64(0)
         *places, unit, offset = outs
         most = _across(b, [at.fold(x, at.larger) for x in products], four.larger)
-        four.store(FLOAT, b.fmul(most, four.real(1 / simd.LARGEST)), unit, zero)
-        some = b.fcmp_ordered(">", most, four.real(SMALLEST))
-        scale = b.fdiv(four.real(float(simd.LARGEST)), most)
-        scale = b.select(some, scale, four.real(0.0))
+        of_one, scale = unit_and_factor(four, most)
+        four.store(FLOAT, of_one, unit, zero)
         sums = []
         for row, vectors in enumerate(products):
             factor, wholes = self.lane(scale, row), []

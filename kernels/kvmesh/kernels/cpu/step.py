@@ -241,7 +241,7 @@ def seal_blocks(
     _check_fit("pool", pool, np.uint8, (len(pool), layout.block_bytes))
     _check_fit("tails", tails, np.float32, (len(block_ids), layers, 2, BLOCK_SIZE, heads, dim))
     _check_fit("centers", centers, np.float32, (layers, 2, heads, dim))
-    if len(block_ids) and not 0 <= min(block_ids) <= max(block_ids) < len(pool):
+    if len(block_ids) and not 0 <= block_ids.min() <= block_ids.max() < len(pool):
         raise ValueError(f"block ids are {block_ids.tolist()}, the pool has {len(pool)} blocks")
     geos = np.array([geometry(layout, layer) for layer in range(layers)], np.int64)
     table = tables(layout, 0)  # of which sealing needs what all layers share
@@ -257,7 +257,7 @@ def seal_blocks(
         for number, block_id in enumerate(block_ids.tolist()):
             sealed = counters[1 + number] == whole and not failed[number].any()
             if sealed and waiting.pop(number, False):
-                block_bytes.finish(layout, pool[block_id])
+                finish_blocks(layout, pool, block_id)
 
     run_shared(run, min(threads, max(1, whole * len(block_ids))))
     if failed.any():

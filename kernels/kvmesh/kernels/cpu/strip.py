@@ -1,4 +1,4 @@
-"""The steps of sealing, emitted as vectors: on a strip, fp32 [dim, LANES tokens].
+"""The steps of sealing, emitted as vectors: on a strip, fp32 [dim, WIDE tokens].
 
 A lane is a token, so each token's order of arithmetic is fixed, reference.py's, whatever the width
 of a vector. A strip and its work space stay in the first cache. Addresses and sizes are int64.
@@ -12,13 +12,12 @@ from numba.core import cgutils as untyped_cgutils
 
 from kvmesh.kernels.cpu import simd
 from kvmesh.kernels.cpu.jit import kernel
-from kvmesh.kernels.cpu.vectors import FLOAT, I16, I32, I64, INT, REAL, Emitter, function
+from kvmesh.kernels.cpu.vectors import FLOAT, I16, I32, I64, INT, REAL, WIDE, Emitter, function
 from kvmesh.kernels.layout import BLOCK_SIZE
 from kvmesh.kernels.reference import LARGEST, MAX_SCALE, SMALLEST_NORM2, WEAKEST
 
 cgutils: Any = untyped_cgutils
 
-LANES = simd.PATHS[simd.CHOSEN].lanes
 _SIZE = 0x7FFFFFFF  # of a float: its bits without the sign, which order as sizes do
 _INFINITE = 0x7F800000
 
@@ -27,38 +26,33 @@ class Strip(Emitter):
     """Vectors of one token a lane."""
 
     def __init__(self, b: Any) -> None:
-        super().__init__(b, LANES)
+        super().__init__(b, WIDE)
 
     def row(self, rows: Any, j: Any) -> Any:
-        return self.load(FLOAT, rows, self.b.mul(j, I64(LANES)))
+        return self.load(FLOAT, rows, self.b.mul(j, I64(WIDE)))
 
     def set_row(self, rows: Any, j: Any, value: Any) -> None:
-        self.store(FLOAT, value, rows, self.b.mul(j, I64(LANES)))
+        self.store(FLOAT, value, rows, self.b.mul(j, I64(WIDE)))
 
     def smaller(self, x: Any, y: Any) -> Any:
         return self.b.select(self.b.fcmp_ordered("<", x, y), x, y)
 
     def each(self, name: str, x: Any) -> Any:
         """An intrinsic function of LLVM, of every lane."""
-        name = f"llvm.{name}.v{LANES}f32"
-        found = self.b.module.globals.get(name)
-        if found is None:
-            found = ir.Function(self.b.module, ir.FunctionType(x.type, [x.type]), name)
-        return self.b.call(found, [x])
-
-    def mix(self, x: Any, y: Any, order: list[int]) -> Any:
-        return self.b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(order)), order))
+        name = f"llvm.{name}.v{WIDE}f32"
+        call = simd.declared(self.b, name, ir.FunctionType(x.type, [x.type]))
+        return self.b.call(call, [x])
 
     def transposed(self, rows: list[Any]) -> list[Any]:
-        """The columns of LANES vectors: squares of 1, 2, 4... change places across the diagonal."""
+        """The columns of WIDE vectors: squares of 1, 2, 4... change places across the diagonal."""
         rows = [*rows]
         span = 1
-        while span < LANES:
-            low = [LANES + i - span if i & span else i for i in range(LANES)]
-            high = [LANES + i if i & span else i + span for i in range(LANES)]
-            for i in (i for i in range(LANES) if not i & span):
+        while span < WIDE:
+            low = [WIDE + i - span if i & span else i for i in range(WIDE)]
+            high = [WIDE + i if i & span else i + span for i in range(WIDE)]
+            for i in (i for i in range(WIDE) if not i & span):
                 x, y = rows[i], rows[i + span]
-                rows[i], rows[i + span] = self.mix(x, y, low), self.mix(x, y, high)
+                rows[i], rows[i + span] = (simd.shuffle(self.b, x, y, o) for o in (low, high))
             span *= 2
         return rows
 
@@ -68,9 +62,9 @@ def _finite(b: Any, x: Any, stride: Any, size: Any) -> Any:
     most = cgutils.alloca_once_value(b, at.integer(0))
     with (
         cgutils.for_range(b, I64(BLOCK_SIZE)) as token,
-        cgutils.for_range(b, b.udiv(size, I64(LANES))) as over,
+        cgutils.for_range(b, b.udiv(size, I64(WIDE))) as over,
     ):
-        i = b.add(b.mul(token.index, stride), b.mul(over.index, I64(LANES)))
+        i = b.add(b.mul(token.index, stride), b.mul(over.index, I64(WIDE)))
         bits = b.and_(at.load(I32, x, i), at.integer(_SIZE))
         top = b.load(most)
         b.store(b.select(b.icmp_signed(">", bits, top), bits, top), most)
@@ -85,19 +79,19 @@ def _finite(b: Any, x: Any, stride: Any, size: Any) -> Any:
 def _load(
     b: Any, x: Any, stride: Any, center: Any, signs: Any, rows: Any, tile: Any, dim: Any
 ) -> None:
-    """Row by row first: LANES rows at once would fight for the same lines of the cache."""
+    """Row by row first: WIDE rows at once would fight for the same lines of the cache."""
     at = Strip(b)
-    columns = b.udiv(dim, I64(LANES))
-    with cgutils.for_range(b, I64(LANES)) as token, cgutils.for_range(b, columns) as over:
-        i = b.mul(over.index, I64(LANES))
+    columns = b.udiv(dim, I64(WIDE))
+    with cgutils.for_range(b, I64(WIDE)) as token, cgutils.for_range(b, columns) as over:
+        i = b.mul(over.index, I64(WIDE))
         value = at.load(FLOAT, x, b.add(b.mul(token.index, stride), i))
         value = b.fsub(value, at.load(FLOAT, center, i))
         value = at.smaller(at.larger(value, at.real(-LARGEST)), at.real(LARGEST))
         value = b.fmul(value, at.load(FLOAT, signs, i))
         at.store(FLOAT, value, rows, b.add(b.mul(token.index, dim), i))
     with cgutils.for_range(b, columns) as over:
-        i = b.mul(over.index, I64(LANES))
-        square = [at.load(FLOAT, rows, b.add(b.mul(dim, I64(t)), i)) for t in range(LANES)]
+        i = b.mul(over.index, I64(WIDE))
+        square = [at.load(FLOAT, rows, b.add(b.mul(dim, I64(t)), i)) for t in range(WIDE)]
         for t, column in enumerate(at.transposed(square)):
             at.set_row(tile, b.add(i, I64(t)), column)
 
@@ -183,11 +177,10 @@ def _butterflies(levels: int) -> Any:
 
 
 def _combine(b: Any, tile: Any, out: Any, base: Any, count: Any, columns: Any) -> None:
-    at = Strip(b)
-    table = b.inttoptr(base, FLOAT.as_pointer())
+    at, one = Strip(b), Emitter(b, 1)
 
     def term(row: Any, i: Any, column: Any) -> Any:
-        sign = b.load(b.gep(table, [b.add(b.mul(row, count), i)]))
+        sign = one.load(FLOAT, base, b.add(b.mul(row, count), i))
         return b.fmul(at.spread(sign), at.row(tile, b.add(b.mul(i, columns), column)))
 
     total = cgutils.alloca_once(b, at.kind(FLOAT))
@@ -202,13 +195,13 @@ def _combine(b: Any, tile: Any, out: Any, base: Any, count: Any, columns: Any) -
 # Whether fp32 [64, size], rows `stride` elements apart, is finite: (x, stride, size) -> 0 or 1
 finite = function("finite", _finite, INT, [INT] * 3)
 # One strip of vectors x, `stride` elements apart: centered, clamped, times signs, transposed.
-# (x, stride, center, signs, work fp32 [LANES, dim], strip, dim)
+# (x, stride, center, signs, work fp32 [WIDE, dim], strip, dim)
 load_strip = function("load_strip", _load, types.none, [INT] * 7)
 # work [dim / 2] = squares of the strip, the first half's plus the last's: (strip, work, dim / 2)
 _square_halves = function("square_halves", _squares, types.none, [INT] * 3)
 _add_halves = function("add_halves", _add_half, types.none, [INT] * 2)  # (rows, half of them)
 _add_others = function("add_others", _add_rest, types.none, [INT] * 2)  # to the first: (rows, all)
-# Of LANES squared norms, each with LANES elements: (norm^2, norm, 1 / norm, all ones, or zero for
+# Of WIDE squared norms, each with WIDE elements: (norm^2, norm, 1 / norm, all ones, or zero for
 # a zero vector)
 norms = function("norms", _norms, types.none, [INT] * 4)
 # fp16 scales: (sum of what a or e is the mean of, norm, out, 1 / sqrt dim, 1 / dim, whether keys)

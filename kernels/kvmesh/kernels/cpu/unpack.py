@@ -6,61 +6,33 @@ sums are exact integers, so no bit depends on which way was taken.
 
 from typing import Any
 
-from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
-from kvmesh.kernels.cpu import simd
-from kvmesh.kernels.cpu.dot import WIDTHS, Loop
+from kvmesh.kernels.cpu import simd, vectors
+from kvmesh.kernels.cpu.dot import WIDTHS, Loop, for_width, loop_function
 from kvmesh.kernels.cpu.jit import kernel
+from kvmesh.kernels.cpu.vectors import I64, INT
 
 MANY_ROWS = 16  # from which on it pays
-
-_I8, _I64 = ir.IntType(8), ir.IntType(64)
 
 
 class _Unpacking(Loop):
     """Stores what Loop would multiply, at its elements' place in a plane of 8 bits."""
+
+    name = "unpack"
 
     def _row_of_words(
         self, number: Any, firsts: list[Any], signs: list[Any], sums: list[list[list[Any]]]
     ) -> None:
         b = self.b
         for first, sign in zip(firsts, signs, strict=True):
-            place = b.mul(b.add(b.mul(number, self.lanes), first), _I64(4))
+            place = b.mul(b.add(b.mul(number, self.lanes), first), I64(4))
             word = self._load(place)
             self._prefetch([place])
             for k, octets in self._octets(word, sign):
-                row = b.add(b.mul(number, _I64(self.fields)), _I64(k))
+                row = b.add(b.mul(number, I64(self.fields)), I64(k))
                 at = b.gep(self.out, [b.add(b.mul(row, self.lanes), first)])
                 b.store(octets, b.bitcast(at, octets.type.as_pointer()), align=4)
-
-
-def _unpack_function(module: Any, path: simd.Portable, bits: int) -> Any:
-    """As `dot_function`, whose arguments it takes."""
-    name = f"kvmesh_unpack_{path.name}_{bits}"
-    if name in module.globals:
-        return module.globals[name]
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_I64] * 10), name)
-    function.linkage = "linkonce_odr"
-    function.attributes.add("noinline")
-    _Unpacking(path, bits, 0, function).emit()
-    return function
-
-
-def _emit(builder: Any, path: simd.Portable, arguments: Any) -> None:
-    bits, codes, out, length, lanes, *ahead = arguments
-    after = builder.append_basic_block()
-    switch = builder.switch(bits, after)
-    for width in (width for width in WIDTHS if width < 8):
-        block = builder.append_basic_block()
-        switch.add_case(_I64(width), block)
-        builder.position_at_end(block)
-        function = _unpack_function(builder.module, path, width)
-        none = _I64(0)
-        builder.call(function, [codes, none, none, none, out, length, lanes, lanes, *ahead])
-        builder.branch(after)
-    builder.position_at_end(after)
 
 
 def make_unpack(path: str) -> Any:
@@ -70,17 +42,19 @@ def make_unpack(path: str) -> Any:
     Writes u of every code, uint8 [length / 4, lanes, 4].
     """
 
-    def unpack(
-        typing_context: Any, bits: Any, codes: Any, out: Any, length: Any, lanes: Any,
-        following: Any, later: Any,
-    ) -> Any:  # fmt: skip
-        def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _emit(builder, simd.PATHS[path], arguments)
-            return context.get_dummy_value()
+    def emit(
+        b: Any, bits: Any, codes: Any, out: Any, length: Any, lanes: Any, following: Any,
+        later: Any,
+    ) -> None:  # fmt: skip
+        none = I64(0)
+        given = [codes, none, none, none, out, length, lanes, lanes, following, later]
 
-        return types.void(*[types.int64] * 7), emit
+        def unpack(width: int) -> None:
+            b.call(loop_function(b.module, simd.PATHS[path], width, 0, _Unpacking), given)
 
-    return intrinsic(unpack)
+        for_width(b, bits, [width for width in WIDTHS if width < 8], unpack)
+
+    return vectors.function(f"unpack_{path}", emit, types.none, [INT] * 7, "alwaysinline")
 
 
 _unpack = make_unpack(simd.CHOSEN)

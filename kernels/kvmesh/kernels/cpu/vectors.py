@@ -84,12 +84,7 @@ class Emitter:
 
     def halves(self, x: Any, width: int) -> tuple[Any, Any]:
         half = width // 2
-        first, last = (
-            self.b.shuffle_vector(
-                x, x, ir.Constant(ir.VectorType(I32, half), list(range(at, at + half)))
-            )
-            for at in (0, half)
-        )
+        first, last = (simd.shuffle(self.b, x, x, list(range(at, at + half))) for at in (0, half))
         return first, last
 
     def fold(self, rows: list[Any], add: Any) -> Any:
