@@ -63,7 +63,9 @@ class Scripted(inference_pb2_grpc.InferenceServicer):
             yield inference_pb2.GenerateResponse(
                 text="b", token_ids=[2], finish_reason=end, usage=usage
             )
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):
+            # The second where the call ends while its last response is still being written: then
+            # gRPC's own task is cancelled, and this generator closed.
             self.cancelled.set()
             raise
 
