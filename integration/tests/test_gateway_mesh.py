@@ -4,7 +4,6 @@ import asyncio
 import json
 import re
 import signal
-from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import Any
 
 import openai
 import pytest
-from meshes import inference, mesh_config, prompts, ready
+from meshes import Progress, inference, mesh_config, prompts, ready
 from openai.types.chat import ChatCompletionMessageParam
 
 from kvmesh.integration.launch import Mesh, running_mesh
 from kvmesh.integration.launch_state import log_path, traces_path
-from kvmesh.integration.loadgen import run_request
+from kvmesh.integration.loadgen import RequestResult, run_request
 from kvmesh.services.common.config import GatewayConfig, RouterConfig, WorkerConfig
+from kvmesh.services.router.client import InferenceClient
 from kvmesh.services.traces.query import Filter
 from kvmesh.services.traces.reader import SpanReader
 from kvmesh.v1 import common_pb2, inference_pb2
@@ -26,6 +26,7 @@ from kvmesh.v1 import common_pb2, inference_pb2
 ASK: list[ChatCompletionMessageParam] = [
     {"role": "user", "content": "The code of Mirado is 5. What is the code of Mirado?"}
 ]
+DECODERS = ("worker-1", "worker-2")  # member names; the first worker prefills
 # Long enough that a worker can be killed in the middle of it.
 LONG = {
     "type": "object",
@@ -212,17 +213,28 @@ async def test_a_full_mesh_answers_429(tmp_path: Path) -> None:
         await stream.close()
 
 
-class KillAfter:
-    """Kills a worker once, when a request has said `count` tokens."""
+async def kill_while_it_decodes(
+    mesh: Mesh, client: InferenceClient, request: inference_pb2.GenerateRequest
+) -> RequestResult:
+    """Runs a request; SIGKILL of the decode worker that runs it when 20 tokens were heard.
 
-    def __init__(self, mesh: Mesh, worker: str, count: int) -> None:
-        self._kill = lambda: mesh.kill(worker, signal.SIGKILL)
-        self._left = count
-
-    def __call__(self, response: inference_pb2.GenerateResponse) -> None:
-        before, self._left = self._left, self._left - len(response.token_ids)
-        if before > 0 >= self._left:
-            self._kill()
+    Both are held before the look at which it is: it cannot end the request between look and kill.
+    None is killed if this process heard of the tokens only after the last one.
+    """
+    progress = Progress()
+    running = asyncio.create_task(progress.run_all(client, [request]))
+    await progress.wait_for(lambda p: p.num_tokens >= 20)
+    restarts = {name: mesh.members[name].restarts for name in DECODERS}
+    for name in DECODERS:
+        mesh.kill(name, signal.SIGSTOP)
+    busy = {member.member_id for member in (await client.status()).members if member.running}
+    for name in DECODERS:
+        mesh.kill(name, signal.SIGKILL if name in busy else signal.SIGCONT)
+    (result,) = await running
+    for name in busy.intersection(DECODERS):
+        await mesh.wait_restarted(name, restarts[name] + 1)
+    await mesh.wait_ready()
+    return result
 
 
 async def test_a_constraint_survives_hand_over_and_migration(tmp_path: Path) -> None:
@@ -242,15 +254,13 @@ async def test_a_constraint_survives_hand_over_and_migration(tmp_path: Path) -> 
     async with running_mesh(config, tmp_path) as mesh, inference(await ready(mesh)) as client:
         calm = await run_request(client, request)
         assert calm.error == "" and calm.usage.prefill_worker
-        restarts: Counter[str] = Counter()
-        moved = calm
-        while not moved.usage.migrations and restarts.total() < 4:
-            victim = moved.usage.decode_worker  # has the prefix, so most likely it runs it again
-            moved = await run_request(client, request, KillAfter(mesh, victim, 20))
+        for _ in range(10):
+            moved = await kill_while_it_decodes(mesh, client, request)
             assert moved.error == ""
             assert moved.token_ids == calm.token_ids
-            restarts[victim] += 1
-            await mesh.wait_restarted(victim, restarts[victim])
-        assert moved.usage.migrations >= 1
+            if moved.usage.migrations:
+                break
+        else:
+            pytest.fail("all tokens had been said before the kill in each of 10 attempts")
     found = json.loads(calm.text)
     assert len(found["names"]) == 12 and all(8 <= len(name) <= 12 for name in found["names"])
