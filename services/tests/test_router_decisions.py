@@ -324,6 +324,44 @@ class TestDecisions:
         assert {shares.count(f"worker-{n}") > 5 for n in range(3)} == {True}
         assert shares == [chosen(choose(core, 100, f"r{n}"))[1] for n in range(60)]
 
+    def test_who_was_slow_is_tried_again_after_a_while_without_requests(self) -> None:
+        """Else a worker whose last steps came while its machine was busy never learned better."""
+        core = core_of("both", "both")
+        fast, slow = (worker_pb2.Estimate(base_s=s, prefill_token_s=1e-5) for s in (0.01, 1.0))
+        for name in ("worker-0", "worker-1"):
+            core.workers.reported(name, worker_pb2.LoadReport(estimate=fast))
+        core.workers.reported("worker-1", worker_pb2.LoadReport(estimate=slow))
+
+        def at(now: float) -> str:
+            return chosen(core.choose(RouteQuery("r", 100, (), 64), now))[1]
+
+        busy = worker_pb2.LoadReport(running=1, estimate=fast)
+        core.workers.reported("worker-0", busy)
+        assert at(100.0) == at(104.9) == "worker-0"
+        assert at(105.0) == "worker-1"
+        # An idle worker goes on reporting what it believes.
+        core.workers.reported("worker-1", worker_pb2.LoadReport(estimate=slow))
+        assert at(106.0) == "worker-1"
+        core.workers.sent("worker-1", "a", 0)
+        assert at(107.0) == "worker-0"
+        core.workers.ended("worker-1", "a")  # and it had not become faster
+        assert at(108.0) == at(112.9) == "worker-0"
+        assert at(113.0) == "worker-1"
+
+    def test_only_its_like_and_itself_speak_for_who_is_doubted(self) -> None:
+        core = core_of("both", "decode")
+        fast, slow = (worker_pb2.Estimate(base_s=s, prefill_token_s=1e-5) for s in (0.01, 1.0))
+        core.workers.reported("worker-0", worker_pb2.LoadReport(running=1, estimate=fast))
+        core.workers.reported("worker-1", worker_pb2.LoadReport(estimate=slow))
+        for now in (0.0, 100.0):
+            assert chosen(core.choose(RouteQuery("r", 100, (), 64), now)) == ("", "worker-0")
+        again = core_of("both", "decode")
+        again.workers.reported("worker-0", worker_pb2.LoadReport(running=1, estimate=fast))
+        for estimate in (fast, slow):
+            again.workers.reported("worker-1", worker_pb2.LoadReport(estimate=estimate))
+        for now, best in ((0.0, "worker-0"), (100.0, "worker-1")):
+            assert chosen(again.choose(RouteQuery("r", 100, (), 64), now)) == ("", best)
+
     def test_who_cannot_take_it_is_named_with_the_reason(self) -> None:
         core = core_of("both", "both", "both")
         core.workers.draining("worker-0", True)
@@ -366,7 +404,7 @@ def test_of_many_pairs_a_shortlist_finds_the_best() -> None:
             )
             core.workers.reported(name, report)
         decision = core.choose(RouteQuery(f"r{number}", 4000, (), 200), now=0.0)
-        loads = core.workers.loads(64)
+        loads = core.workers.loads(64, now=0.0)
         every = [
             handover(core.model, Place(p, Prompt(4000)), Place(d, Prompt(4000)), 128).total_s
             for p in loads

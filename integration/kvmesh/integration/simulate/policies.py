@@ -37,7 +37,7 @@ class Blind:
     def choose(self, core: RouterCore, query: RouteQuery, now: float) -> Decision:
         loads = [
             load
-            for load in core.workers.loads(core.model.block_size)
+            for load in core.workers.loads(core.model.block_size, now)
             if not load.refused
             and load.member_id not in query.exclude
             and query.prompt_tokens <= load.max_prompt

@@ -82,7 +82,7 @@ class RouterCore:
         # At least one token is always computed: its logits give the first output token.
         keys = query.keys[: max(0, query.prompt_tokens - 1) // size]
         match = self.index.match(keys, self._soon(keys, now))
-        places = self._places(query, match)
+        places = self._places(query, match, now)
         output = min(query.max_tokens, self.model.expected_output)
         singles = self._singles(places, output)
         pairs: list[Candidate] = []
@@ -117,10 +117,10 @@ class RouterCore:
             soon.append(mask)
         return soon
 
-    def _places(self, query: RouteQuery, match: Match) -> list[Place]:
+    def _places(self, query: RouteQuery, match: Match, now: float) -> list[Place]:
         size = self.model.block_size
         places = []
-        for load in self.workers.loads(size):
+        for load in self.workers.loads(size, now):
             held = match.local.get(load.member_id, 0)
             prompt = Prompt(query.prompt_tokens, held * size, match.remote_after(held) * size)
             if not load.refused and load.member_id in query.exclude:
