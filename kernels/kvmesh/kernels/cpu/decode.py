@@ -25,10 +25,17 @@ from kvmesh.kernels.cpu.attend import (
     start_row,
     unrotate,
 )
-from kvmesh.kernels.cpu.decode_inputs import Cache, Masking, Queries, check_ranges, checked
+from kvmesh.kernels.cpu.decode_inputs import (
+    Cache,
+    Masking,
+    Queries,
+    check_ranges,
+    checked,
+    plan_of,
+)
 from kvmesh.kernels.cpu.jit import entry, kernel
 from kvmesh.kernels.cpu.threads import run_shared
-from kvmesh.kernels.cpu.tile import Pool, geometry, make_scratch, tables
+from kvmesh.kernels.cpu.tile import make_scratch, named, pool_of
 from kvmesh.kernels.cpu.vectors import exp2, take_one
 from kvmesh.kernels.layout import BLOCK_SIZE
 from kvmesh.kernels.merge import Partial
@@ -53,12 +60,12 @@ def attend_decode(
     Raises ValueError naming the array that does not fit.
     """
     masking = masking or _PLAIN
-    plan = checked(cache, queries, masking)
-    layout, layer = cache.layout, cache.layer
-    sequences, n, query_heads, dim = plan.q.shape
+    layout = cache.layout
+    arrays = checked(cache, queries, masking)
+    sequences, n, query_heads, dim = queries.q.shape
     heads = layout.num_kv_heads
     rows = n * query_heads // heads
-    chunks = -(-plan.tables.shape[1] // SPLIT_BLOCKS) + 1  # of a pair, the last one for the tail
+    chunks = -(-queries.tables.shape[1] // SPLIT_BLOCKS) + 1  # of a pair, the last one for the tail
     items = sequences * heads * chunks
     parts = (
         np.empty((items, rows, dim), np.float32),  # the values' sum, rotated for blocks
@@ -71,11 +78,10 @@ def attend_decode(
         np.empty((sequences, n, query_heads), np.float32),
     )
     counters = np.zeros(_DONE + sequences * heads, np.int64)
-    geo, table = geometry(layout, layer), tables(layout, layer)
     options = (float(masking.soft_cap), masking.window, masking.kept, SPLIT_BLOCKS)
 
     def run() -> None:
-        _run(geo, table, cache.blocks, plan, options, parts, found, counters)
+        _run(cache.constants, cache.blocks, arrays, options, parts, found, counters)
 
     run_shared(run, min(threads, items))
     if counters[_MISFIT]:
@@ -85,16 +91,18 @@ def attend_decode(
 
 @entry
 def _run(
-    geo: Any, table: Any, blocks: Any, plan: Any, options: Any, parts: Any, found: Any,
+    layer_constants: Any, blocks: Any, arrays: Any, options: Any, parts: Any, found: Any,
     counters: Any,
 ) -> None:  # fmt: skip
     """Takes items until there are none: chunks of a pair of sequence and KV head. Whoever ends the
     last of a pair merges them."""
+    geo, table = named(layer_constants)
+    plan = plan_of(arrays)
     cap, window, kept, split = options
     chunks = -(-plan.tables.shape[1] // split) + 1
     pairs = plan.q.shape[0] * geo.heads
     group = plan.q.shape[2] // geo.heads
-    pool = Pool(blocks, blocks.view(np.uint16), blocks.view(np.float32))
+    pool = pool_of(blocks)
     scratch = make_scratch(geo.dim, plan.q.shape[1] * group)
     starts = np.empty(split, np.int64)
     counts = counters.ctypes.data

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvmesh.kernels.cpu.jit import kernel
+from kvmesh.kernels.cpu.tile import constants
 from kvmesh.kernels.layout import BLOCK_SIZE, KvLayout
 
 MAX_QUERIES, MAX_GROUP = 8, 16
@@ -19,12 +21,17 @@ class Cache:
     """One layer's keys and values.
 
     blocks: uint8 [num_blocks, layout.block_bytes], sealed. centers: fp32 [2 (K, V), Hkv, D].
+    Worth keeping from call to call: what kernels need to know of the layer is looked up but once.
     """
 
     layout: KvLayout
     layer: int
     blocks: npt.NDArray[np.uint8]
     centers: Floats
+    constants: tuple[tuple[int, ...], tuple[Any, ...]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "constants", constants(self.layout, self.layer))
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +71,8 @@ class Masking:
 
 
 class Plan(NamedTuple):
-    """Contiguous, of the types that the kernels are compiled for. Empty where None was given."""
+    """What kernels read of a call. Contiguous, of the types that they are compiled for; empty where
+    None was given."""
 
     q: Any
     tables: Any  # int32
@@ -89,8 +97,15 @@ def _as(array: npt.NDArray[Any], dtype: "np.dtype[Any]") -> npt.NDArray[Any]:
     return np.require(array, dtype, ["C", "A", "W"])
 
 
-def checked(cache: Cache, queries: Queries, masking: Masking) -> Plan:
-    """Looks at shapes alone; what is in the arrays is checked where it is used."""
+@kernel
+def plan_of(arrays: Any) -> Any:
+    q, tables, counts, positions, starts, tails, tail_counts, centers, sinks = arrays
+    return Plan(q, tables, counts, positions, starts, tails, tail_counts, centers, sinks)
+
+
+def checked(cache: Cache, queries: Queries, masking: Masking) -> tuple[Any, ...]:
+    """The arrays of a Plan. Looks at shapes alone; what is in the arrays is checked where it is
+    used."""
     layout, q = cache.layout, queries.q
     heads, dim = layout.num_kv_heads, layout.head_dim
     if q.ndim != 4 or not 1 <= q.shape[1] <= MAX_QUERIES or q.shape[0] < 1:
@@ -114,15 +129,14 @@ def checked(cache: Cache, queries: Queries, masking: Masking) -> Plan:
     ):
         if array is not None and array.shape != expected:
             raise ValueError(f"{name} has shape {array.shape}, expected {expected}")
-    if cache.blocks.ndim != 2 or cache.blocks.shape[1] != layout.block_bytes:
-        raise ValueError(
-            f"blocks has shape {cache.blocks.shape}, expected [any, {layout.block_bytes}]"
-        )
+    block_bytes = cache.constants[0][-1]
+    if cache.blocks.ndim != 2 or cache.blocks.shape[1] != block_bytes:
+        raise ValueError(f"blocks has shape {cache.blocks.shape}, expected [any, {block_bytes}]")
     if tails is not None and counts is None:
         raise ValueError("tails were given and no tail_counts")
     if masking.soft_cap < 0 or masking.window < 0 or masking.kept < 0:
         raise ValueError(f"{masking} has a negative number, 0 turns an option off")
-    return Plan(
+    return (
         _as(q, _REAL),
         _as(queries.tables, _SHORT),
         _as(queries.counts, _LONG),

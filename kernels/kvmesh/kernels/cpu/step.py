@@ -15,7 +15,7 @@ from kvmesh.kernels.cpu.attend import attend
 from kvmesh.kernels.cpu.jit import cycles, entry
 from kvmesh.kernels.cpu.seal import seal_layer
 from kvmesh.kernels.cpu.threads import run_parts, run_shared, split
-from kvmesh.kernels.cpu.tile import Geometry, Pool, geometry, make_scratch, tables
+from kvmesh.kernels.cpu.tile import constants, make_scratch, named, pool_of
 from kvmesh.kernels.cpu.vectors import take_one
 from kvmesh.kernels.errors import CodecError
 from kvmesh.kernels.layout import BLOCK_SIZE, CODECS, KvLayout
@@ -62,7 +62,7 @@ def _misfit(row_start: Any, pos: Any, slot: Any, blocks: Any, rows: int, limits:
 
 @entry
 def _run(
-    geo: Any, table: Any, pool: Any, tails: Any, plan: Any, qkv: Any, centers: Any, out: Any,
+    layer_constants: Any, octets: Any, tails: Any, plan: Any, qkv: Any, centers: Any, out: Any,
     part: Any,
 ) -> Any:  # fmt: skip
     """Runs every segment on some KV heads. part: (layer, first head, end).
@@ -70,6 +70,8 @@ def _run(
     Returns (the first segment whose K or V could not be sealed, or -1; cycles that sealing took;
     cycles in all).
     """
+    geo, table = named(layer_constants)
+    pool = pool_of(octets)
     row_start, pos, slot, blocks = plan
     q, k, v = qkv
     layer, head, last = part
@@ -137,12 +139,11 @@ def run_layer(
     misfit = _misfit(*arrays, len(q), (len(tails), len(pool)))
     if misfit >= 0:
         raise ValueError(f"segment {misfit} reaches outside the rows, slots or blocks of the step")
-    views = Pool(pool, pool.view(np.uint16), pool.view(np.float32))
-    geo, table = geometry(layout, layer), tables(layout, layer)
+    known = constants(layout, layer)
 
     def run(head: int, last: int) -> tuple[int, int, int]:
         found: tuple[int, int, int] = _run(
-            geo, table, views, tails, arrays, (q, k, v), centers[layer], out, (layer, head, last)
+            known, pool, tails, arrays, (q, k, v), centers[layer], out, (layer, head, last)
         )
         return found
 
@@ -196,26 +197,26 @@ def _check_fit(
 
 @entry
 def _seal_items(
-    geos: Any, table: Any, blocks: Any, block_ids: Any, tails: Any, centers: Any, counters: Any,
+    geos: Any, shared: Any, blocks: Any, block_ids: Any, tails: Any, centers: Any, counters: Any,
     failed: Any,
 ) -> None:  # fmt: skip
     """Takes items until there are none: some heads of a layer of a block, block by block.
 
-    geos: int64 [layers, 8], a Geometry each; counters: int64 [1 + blocks], the next item, then how
-    many of each block are done; failed: bool [blocks, layers], set where something is not finite.
+    geos: int64 [layers, 9], a Geometry each; shared: a Tables, as a plain tuple; counters: int64
+    [1 + blocks], the next item, then how many of each block are done; failed: bool [blocks, layers],
+    set where something is not finite.
     """
     layers = geos.shape[0]
     heads = geos[0, 0]
     parts = -(-heads // _HEADS)
-    pool = Pool(blocks, blocks.view(np.uint16), blocks.view(np.float32))
+    pool = pool_of(blocks)
     counts = counters.ctypes.data
     while True:
         item = take_one(counts, 0)
         number, layer, part = item // (layers * parts), item // parts % layers, item % parts
         if number >= block_ids.size:
             break
-        at = geos[layer]
-        geo = Geometry(at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7])
+        geo, table = named((geos[layer], shared))
         some = part * _HEADS, min(part * _HEADS + _HEADS, heads)
         tail = tails[number, layer]
         if not seal_layer(geo, table, pool, block_ids[number], tail, centers[layer], some):
@@ -243,8 +244,8 @@ def seal_blocks(
     _check_fit("centers", centers, np.float32, (layers, 2, heads, dim))
     if len(block_ids) and not 0 <= block_ids.min() <= block_ids.max() < len(pool):
         raise ValueError(f"block ids are {block_ids.tolist()}, the pool has {len(pool)} blocks")
-    geos = np.array([geometry(layout, layer) for layer in range(layers)], np.int64)
-    table = tables(layout, 0)  # of which sealing needs what all layers share
+    geos = np.array([constants(layout, layer)[0] for layer in range(layers)], np.int64)
+    shared = constants(layout, 0)[1]  # of which sealing needs what all layers share
     counters = np.zeros(1 + len(block_ids), np.int64)
     failed = np.zeros((len(block_ids), layers), np.bool_)
     whole = layers * -(-heads // _HEADS)
@@ -253,7 +254,7 @@ def seal_blocks(
     def run() -> None:
         """Then writes the checksums of blocks that are sealed: whoever seals the last part of one
         comes here later, so none is left over."""
-        _seal_items(geos, table, pool, block_ids, tails, centers, counters, failed)
+        _seal_items(geos, shared, pool, block_ids, tails, centers, counters, failed)
         for number, block_id in enumerate(block_ids.tolist()):
             sealed = counters[1 + number] == whole and not failed[number].any()
             if sealed and waiting.pop(number, False):

@@ -1,14 +1,16 @@
 """Threads that kernels run on. Kernels hold no GIL, so Python's own threads are enough."""
 
-import ctypes
 import itertools
 import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cache
 from typing import Any, TypeVar
+
+from numba import types
+
+from kvmesh.kernels.cpu.jit import entry
 
 _T = TypeVar("_T")
 
@@ -73,17 +75,21 @@ class _Helper:
 _IDLE: list[_Helper] = []  # taken and given back by whoever runs something, on any thread
 
 
-@cache
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None)
+if sys.platform == "linux":
+    _getcpu: Any = types.ExternalFunction("sched_getcpu", types.int32())
 
+    @entry
+    def current_cpu() -> int:
+        """The number of the CPU that the caller runs on. Compiled, as ctypes takes longer to enter
+        when the caches are empty, and what enters a kernel is needed in any case."""
+        number: int = _getcpu()
+        return number
 
-def current_cpu() -> int:
-    """The number of the CPU that the caller runs on; -1 where that cannot be known."""
-    if sys.platform != "linux":
+else:
+
+    def current_cpu() -> int:
+        """-1: it cannot be known here."""
         return -1
-    found = getattr(_libc(), "sched_getcpu", None)
-    return -1 if found is None else int(found())
 
 
 def _run_all(works: Sequence[Callable[[], _T]]) -> list[_T]:

@@ -32,6 +32,7 @@ class Geometry(NamedTuple):
     value_codes: int
     key_scales: int
     value_scales: int
+    block_bytes: int
 
 
 class Tables(NamedTuple):
@@ -95,6 +96,7 @@ def geometry(layout: KvLayout, layer: int) -> Geometry:
         at.value_codes,
         at.key_scales,
         at.value_scales,
+        layout.block_bytes,
     )
 
 
@@ -111,6 +113,25 @@ def tables(layout: KvLayout, layer: int) -> Tables:
         if bits <= 8:
             table.half_step[kind] = codebook.step(bits) / 2
     return table
+
+
+@functools.cache
+def constants(layout: KvLayout, layer: int) -> tuple[tuple[int, ...], tuple[Any, ...]]:
+    """A Geometry and Tables as plain tuples, of which `named` makes what kernels read: to see what
+    a named tuple holds costs Numba 20 us of a call that finds the caches empty."""
+    return tuple(geometry(layout, layer)), tuple(tables(layout, layer))
+
+
+@kernel
+def named(constants: Any) -> Any:
+    at, (signs, base, half_step) = constants
+    geo = Geometry(at[0], at[1], at[2], at[3], at[4], at[5], at[6], at[7], at[8])
+    return geo, Tables(signs, base, half_step)
+
+
+@kernel
+def pool_of(blocks: Any) -> Any:
+    return Pool(blocks, blocks.view(np.uint16), blocks.view(np.float32))
 
 
 @kernel
