@@ -203,8 +203,8 @@ def _seal_items(
     """Takes items until there are none: some heads of a layer of a block, block by block.
 
     geos: int64 [layers, 9], a Geometry each; shared: a Tables, as a plain tuple; counters: int64
-    [1 + blocks], the next item, then how many of each block are done; failed: bool [blocks, layers],
-    set where something is not finite.
+    [1 + blocks], the next item, then how many of each block are done; failed: bool
+    [blocks, layers], set where something is not finite.
     """
     layers = geos.shape[0]
     heads = geos[0, 0]
