@@ -19,6 +19,7 @@ from meshes import (
 )
 
 from kvmesh.integration.launch import LaunchOptions, Mesh, running_mesh
+from kvmesh.integration.launch_health import POLL_S
 from kvmesh.integration.loadgen import run_request, token_request
 from kvmesh.services.common.client import Link
 from kvmesh.services.common.config import KvCacheConfig, RouterConfig, WorkerConfig
@@ -40,18 +41,22 @@ async def test_a_flipped_byte_in_a_shard_changes_no_answer(tmp_path: Path) -> No
     )
     options = LaunchOptions(environment={"KVMESH_FAULTS": "1"})
     request = token_request(max(prompts(), key=len), GREEDY)
+    full_blocks = len(request.tokens.ids) // 64
+    assert full_blocks
     async with running_mesh(config, tmp_path, options) as mesh:
-        async with inference(await ready(mesh)) as client:
+        await ready(mesh)
+        shard = mesh.members["kvcache-0"].addresses[0]
+        async with Link(shard) as link, inference(mesh) as client:
+            stub = kvcache_pb2_grpc.KvCacheStub(link.channel)
             before = await run_request(client, request)
+            # The worker puts blocks while it answers, and may end after that.
+            async with asyncio.timeout(60.0):
+                while len(keys := await held_keys(stub)) < full_blocks:
+                    await asyncio.sleep(POLL_S)
             first = await incarnation_of(client, "worker-0")
             # A worker that starts anew has nothing of its own and must ask the shard.
             mesh.kill("worker-0", signal.SIGKILL)
             await wait_renewed(client, "worker-0", first)
-        shard = mesh.members["kvcache-0"].addresses[0]
-        async with Link(shard) as link, inference(mesh) as client:
-            stub = kvcache_pb2_grpc.KvCacheStub(link.channel)
-            keys = await held_keys(stub)
-            assert keys
             for key in keys:
                 await stub.Corrupt(kvcache_pb2.CorruptRequest(key=key, offset=1000), timeout=5)
             after = await run_request(client, request)
