@@ -241,3 +241,47 @@ async def test_a_write_that_fails_as_the_call_ends_says_to_try_again() -> None:
     assert caught.value.code() is grpc.StatusCode.INTERNAL
     known = from_rpc(caught.value, "tokenizer")
     assert isinstance(known, Unavailable) and "while a message was written" in str(known)
+
+
+@asynccontextmanager
+async def slow_to_answer(address: str, delay_s: float) -> AsyncIterator[str]:
+    """A way to `address` whose first byte back comes late, as of a busy or a far peer."""
+    ways: set[asyncio.Task[None]] = set()
+
+    async def pump(
+        source: asyncio.StreamReader, target: asyncio.StreamWriter, wait_s: float
+    ) -> None:
+        while data := await source.read(1 << 16):
+            await asyncio.sleep(wait_s)
+            wait_s = 0.0
+            target.write(data)
+            await target.drain()
+
+    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(*address.rsplit(":", 1))
+        try:
+            await asyncio.gather(pump(reader, back, 0.0), pump(there, writer, delay_s))
+        finally:
+            for end in (back, writer):
+                end.close()
+                with suppress(OSError):
+                    await end.wait_closed()
+
+    def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        ways.add(asyncio.create_task(carry(reader, writer)))
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0)
+    try:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    finally:
+        server.close()
+        for way in ways:
+            way.cancel()
+        await asyncio.gather(*ways, return_exceptions=True)
+
+
+async def test_a_peer_may_take_its_time_to_connect() -> None:
+    """Else on a busy machine, or over a long line, a call fails that would have gone through."""
+    async with running(ScriptedService(), Security()) as address:
+        async with slow_to_answer(address, 0.4) as slow, Link(slow) as link:
+            assert (await register(link, "ok")).lease_ms == 1000
