@@ -282,6 +282,9 @@ async def slow_to_answer(address: str, delay_s: float) -> AsyncIterator[str]:
 
 async def test_a_peer_may_take_its_time_to_connect() -> None:
     """Else on a busy machine, or over a long line, a call fails that would have gone through."""
-    async with running(ScriptedService(), Security()) as address:
-        async with slow_to_answer(address, 0.4) as slow, Link(slow) as link:
-            assert (await register(link, "ok")).lease_ms == 1000
+    async with (
+        running(ScriptedService(), Security()) as address,
+        slow_to_answer(address, 0.4) as slow,
+        Link(slow) as link,
+    ):
+        assert (await register(link, "ok")).lease_ms == 1000
